@@ -1,0 +1,161 @@
+"""Samplers as tables of numbers, and noise that depends on a seed alone. No torch: the service imports this.
+
+Every sampler that Leapfrog uses is affine in the current latents x, the network's output m and fresh noise z:
+
+    x0 = p·x + q·m          the clean estimate
+    x' = u·x0 + y·x + w·z   the latents of the next step
+
+so one step is one row (p, q, u, y, w) beside its timestep, rows of one batch may stand at different steps, and a
+runtime needs no scheduler code. Rows are computed in float64 and stored as float32.
+
+Time is in the model's own units: 0 … 999 for variance-preserving models (SDXL), [0, 1] with 1 = noise for flows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+COEFFICIENTS = ("p", "q", "u", "y", "w")
+PREDICTIONS = ("epsilon", "v", "flow")
+
+
+class Schedule(Protocol):
+    """Noise schedule x_t = α(t)·x0 + σ(t)·ε in the model's own time."""
+
+    t_max: float
+
+    def alpha(self, t: Array) -> Array: ...
+
+    def sigma(self, t: Array) -> Array: ...
+
+    def grid(self, steps: int) -> Array: ...
+
+
+@dataclass(frozen=True)
+class ScaledLinear:
+    """Stable Diffusion's and SDXL's discrete schedule: √β linear from 0.00085 to 0.012 in 1000 steps."""
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_timesteps: int = 1000
+
+    @property
+    def t_max(self) -> float:
+        return float(self.num_timesteps - 1)
+
+    @property
+    def alphas_cumprod(self) -> Array:
+        betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps) ** 2
+        return np.asarray(np.cumprod(1.0 - betas))
+
+    def alpha(self, t: Array) -> Array:
+        return np.asarray(np.sqrt(self.alphas_cumprod[np.asarray(t, dtype=np.int64)]))
+
+    def sigma(self, t: Array) -> Array:
+        return np.asarray(np.sqrt(1.0 - self.alphas_cumprod[np.asarray(t, dtype=np.int64)]))
+
+    def grid(self, steps: int) -> Array:
+        """Trailing spacing: 999, 749, 499, 249 for four steps."""
+        _check_steps(steps)
+        return np.asarray(np.round(np.arange(steps, 0, -1) * self.num_timesteps / steps) - 1.0)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow x_t = (1 − t)·x0 + t·ε with a time shift s: t ← s·t / (1 + (s − 1)·t)."""
+
+    shift: float = 1.0
+
+    t_max: float = 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return np.asarray(1.0 - np.asarray(t, dtype=np.float64))
+
+    def sigma(self, t: Array) -> Array:
+        return np.asarray(t, dtype=np.float64)
+
+    def grid(self, steps: int) -> Array:
+        """Uniform times 1, 1 − 1/n, …, 1/n, then shifted."""
+        _check_steps(steps)
+        t = np.arange(steps, 0, -1) / steps
+        return np.asarray(self.shift * t / (1.0 + (self.shift - 1.0) * t))
+
+
+def _check_steps(steps: int) -> None:
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps is {steps}; use a number from 1 to 1000")
+
+
+def x0_coefficients(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+    """(p, q) with x0 = p·x_t + q·m for a network that predicts m.
+
+    epsilon: (x_t − σ·m)/α;  v = α·ε − σ·x0: α·x_t − σ·m;  flow m = ε − x0: x_t − σ·m (α = 1 − σ).
+    """
+    if prediction == "epsilon":
+        return 1.0 / alpha, -sigma / alpha
+    if prediction == "v":
+        return alpha, -sigma
+    if prediction == "flow":
+        return np.ones_like(alpha), -sigma
+    raise ValueError(f"prediction is {prediction!r}; use one of {', '.join(PREDICTIONS)}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One sampler: timesteps (N,) and rows (N, 5) float32 in the order of COEFFICIENTS."""
+
+    timesteps: NDArray[np.float32]
+    rows: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if self.rows.shape != (len(self.timesteps), len(COEFFICIENTS)):
+            raise ValueError(
+                f"rows has shape {self.rows.shape} for {len(self.timesteps)} timesteps; "
+                f"give one row of {len(COEFFICIENTS)} coefficients per timestep"
+            )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def _table(timesteps: Array, columns: tuple[Array, ...]) -> Table:
+    return Table(timesteps.astype(np.float32), np.stack(columns, axis=1).astype(np.float32))
+
+
+def student_table(schedule: Schedule, prediction: str, timesteps: Array) -> Table:
+    """The few-step sampler of DMD2 and LCM: predict x0, then noise it to the next timestep with fresh noise.
+
+    x' = α(t')·x0 + σ(t')·z; after the last step x' = x0.
+    """
+    t = np.asarray(timesteps, dtype=np.float64)
+    p, q = x0_coefficients(prediction, schedule.alpha(t), schedule.sigma(t))
+    u = np.append(schedule.alpha(t[1:]), 1.0)
+    w = np.append(schedule.sigma(t[1:]), 0.0)
+    return _table(t, (p, q, u, np.zeros_like(u), w))
+
+
+def ode_table(schedule: Schedule, prediction: str, steps: int) -> Table:
+    """The teacher's deterministic sampler: DDIM with η = 0, which for flows is Euler's method.
+
+    x' = α'·x0 + σ'·ε with ε = (x − α·x0)/σ, that is u = α' − σ'·α/σ and y = σ'/σ; after the last step x' = x0.
+    """
+    t = schedule.grid(steps)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    p, q = x0_coefficients(prediction, alpha, sigma)
+    alpha_next, sigma_next = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+    y = sigma_next / sigma
+    return _table(t, (p, q, alpha_next - y * alpha, y, np.zeros_like(y)))
+
+
+def noise(seed: int, row: int, shape: tuple[int, ...], draws: int = 1) -> NDArray[np.float32]:
+    """Standard normal noise (draws, *shape) float32 of one picture, drawn on the CPU from (seed, row) alone.
+
+    Draw 0 is the initial latents, draw k the fresh noise after step k; asking for fewer draws gives a prefix.
+    """
+    generator = np.random.default_rng((seed, row))
+    return generator.standard_normal((draws, *shape), dtype=np.float32)
