@@ -1,0 +1,175 @@
+"""torch to ONNX: one graph, a free batch, weights stored in half precision, nothing in the file but the graph.
+
+The weights of a bundle lie in float16 on disk and compute in float32. The ONNX file keeps both: an initialiser is
+stored as float16 and cast to float32 where it is read, which loses nothing and which runtimes fold away at load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from distill.export.graphs import GraphSpec
+
+OPSET = 20
+"""Newer opsets save nodes only as Attention and GroupNormalization, which TensorRT builds refuse or ORT expands again."""
+
+HALF_BYTES = 4096
+"""Initialisers of at least this many bytes in float32 are stored as float16."""
+
+EXAMPLE_BATCH = 2
+"""torch.export bakes an example size of 0 or 1 into the graph."""
+
+
+class ExportError(Exception):
+    """A graph that cannot be compiled or that does not reproduce torch; nothing was written."""
+
+
+def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
+    """Write the graph to ``path``, through a temporary file beside it.
+
+    Raises ExportError when the exporter fails, fixes the batch or a weight is not exact in float16.
+    """
+    model = trace(spec, opset)
+    clean(model)
+    name_dims(model, spec)
+    store_half(model, {name for name, _ in spec.module.named_parameters()})
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(model.SerializeToString(deterministic=True))
+    os.replace(temporary, path)
+
+
+def trace(spec: GraphSpec, opset: int) -> onnx.ModelProto:
+    """The exporter's graph as it comes, in memory."""
+    example = spec.sample(EXAMPLE_BATCH, torch.Generator().manual_seed(0))
+    free = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(spec.dims[name]) if isinstance(side, str)}
+        for name in spec.inputs
+    }
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                spec.module,
+                tuple(example[name] for name in spec.inputs),
+                input_names=list(spec.inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes=tuple(free[name] for name in spec.inputs),
+                opset_version=opset,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"graph {spec.name!r} does not export at opset {opset}: {error}") from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's deprecation warnings are about itself and its progress goes to stdout; errors are raised."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def clean(model: onnx.ModelProto) -> None:
+    """Drop stack traces, doc strings and intermediate shapes; name nodes and values by their position.
+
+    The exporter's metadata holds Python stack traces: paths of this machine, and more bytes than the graph.
+    """
+    graph = model.graph
+    if model.functions or any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        raise ExportError("the graph has functions or subgraphs; give a module without control flow on tensors")
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:], graph.quantization_annotation[:]
+    model.doc_string = graph.doc_string = ""
+    graph.name = "leapfrog"
+    kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)} | {""}
+    names: dict[str, str] = {}
+    for index, node in enumerate(graph.node):
+        node.name, node.doc_string = f"{index}_{node.op_type}", ""
+        del node.metadata_props[:]
+        for name in node.output:
+            if name not in kept:
+                names[name] = f"v{len(names)}"
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+
+
+def name_dims(model: onnx.ModelProto, spec: GraphSpec) -> None:
+    """Check inputs and outputs against ``spec.dims`` and give the free axes its names.
+
+    Raises ExportError when an axis that should be free has a number: the graph would run at one size only.
+    """
+    values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+    if list(values) != [*spec.inputs, *spec.outputs]:
+        raise ExportError(f"graph {spec.name!r} has {list(values)}; expected {[*spec.inputs, *spec.outputs]}")
+    for name, value in values.items():
+        sides = value.type.tensor_type.shape.dim
+        wanted = spec.dims[name]
+        if len(sides) != len(wanted):
+            raise ExportError(f"{spec.name}.{name} has {len(sides)} axes; expected {wanted}")
+        for axis, (side, want) in enumerate(zip(sides, wanted, strict=True)):
+            if isinstance(want, str):
+                if not side.dim_param:
+                    raise ExportError(f"{spec.name}.{name} axis {axis} was fixed at {side.dim_value}; expected {want!r}")
+                side.dim_param = want
+            elif side.dim_value != want:
+                raise ExportError(f"{spec.name}.{name} axis {axis} is {side.dim_value or side.dim_param}; expected {want}")
+
+
+def store_half(model: onnx.ModelProto, parameters: set[str]) -> None:
+    """Replace large float32 initialisers by float16 ones and a Cast each, where that is exact.
+
+    Tables that the exporter computes (position embeddings, sinusoids) stay float32 when they are not exact.
+    Raises ExportError for a parameter that is not: its bundle was not written in float16.
+    """
+    casts: list[onnx.NodeProto] = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        full = numpy_helper.to_array(tensor)
+        if not np.isfinite(full).all():
+            raise ExportError(f"{tensor.name} holds NaN or infinity; train the student again")
+        if full.nbytes < HALF_BYTES:
+            continue
+        with np.errstate(over="ignore"):
+            half = full.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), full):
+            if tensor.name in parameters:
+                worst = float(np.abs(half.astype(np.float32) - full).max())
+                raise ExportError(
+                    f"{tensor.name} changes by up to {worst:.3g} in float16; save the bundle's weights as float16 first"
+                )
+            continue
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
+        casts.append(
+            onnx.helper.make_node(
+                "Cast", [tensor.name], [name], name=f"{name}.float32", to=onnx.TensorProto.FLOAT
+            )
+        )
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*casts, *nodes])

@@ -1,0 +1,176 @@
+"""Fixtures shared by all tests: a small random-weight bundle of the real classes, exported by the real code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Read by prometheus_client and bentoml when they are imported.
+os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="leapfrog-metrics-"))
+os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="leapfrog-bentoml-"))
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from distill.bundle import Manifest
+
+WORDS = ("a", "small", "large", "red", "blue", "green", "metal", "rubber", "sphere", "cube", "cylinder", "left", "of")
+MAX_TOKENS = 16
+STEPS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle before its export: an SDXL-type student with random weights, 64×64 pixels, 4 × 16 × 16 latents."""
+    from distill.bundle import write_manifest
+
+    root = tmp_path_factory.mktemp("bundles") / "tiny-sdxl"
+    save_tiny_pipeline(root)
+    write_manifest(root, tiny_manifest())
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle with its ONNX engines. Tests must not change it; copy it first."""
+    import shutil
+
+    from distill.export.run import export_onnx
+
+    root = tmp_path_factory.mktemp("exported") / "tiny-sdxl"
+    shutil.copytree(tiny_sources, root)
+    export_onnx(root, say=lambda line: None)
+    return root
+
+
+def tiny_manifest() -> Manifest:
+    from distill.bundle import Manifest, Sampler
+    from distill.sampling import ScaledLinear, student_table
+
+    schedule = ScaledLinear()
+    samplers = {n: Sampler.of(student_table(schedule, "epsilon", schedule.grid(n))) for n in STEPS}
+    return Manifest(
+        name="tiny-sdxl",
+        family="sdxl",
+        task="text-to-image",
+        prediction="epsilon",
+        latent_channels=4,
+        latent_stride=4,
+        sizes=((64, 64),),
+        max_tokens=MAX_TOKENS,
+        samplers=samplers,
+        default_steps=4,
+        preview=((0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 0.3), (0.1, 0.1, 0.1), (0.0, 0.0, 0.0)),
+        examples=("a small red metal sphere", "a large blue rubber cube left of a green cylinder"),
+        provenance={"made_by": "tests/conftest.py with random weights"},
+    )
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIP byte-level tokenizer: WORDS are one token each, anything else falls back to its bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        left = word[0]
+        for letter in [*word[1:-1], *([word[-1] + "</w>"] if len(word) > 1 else [])]:
+            if (left, letter) not in merges:
+                merges.append((left, letter))
+            left += letter
+            if left not in tokens:
+                tokens.append(left)
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
+    )
+
+
+def save_tiny_pipeline(root: Path) -> None:
+    """Write a diffusers folder of StableDiffusionXLPipeline with seeded random weights in float16."""
+    import json
+
+    import torch
+    from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = tiny_tokenizer()
+
+    def text_config(projection: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=projection,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 48),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            transformer_layers_per_block=1,
+            attention_head_dim=(2, 4),
+            norm_num_groups=8,
+            use_linear_projection=True,
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        )
+        vae = AutoencoderKL(
+            sample_size=64,
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+        )
+        with torch.no_grad():
+            # A random decoder paints grey on grey; ten times the contrast lets pictures differ.
+            vae.decoder.conv_out.weight *= 10
+        pipeline = StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config(32)),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=unet,
+            scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            add_watermarker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(torch.float16).save_pretrained(root, safe_serialization=True)
+    for folder in ("tokenizer", "tokenizer_2"):
+        parts = json.loads((root / folder / "tokenizer.json").read_text())["model"]
+        (root / folder / "vocab.json").write_text(json.dumps(parts["vocab"], ensure_ascii=False))
+        lines = "".join(f"{left} {right}\n" for left, right in parts["merges"])
+        (root / folder / "merges.txt").write_text("#version: 0.2\n" + lines)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
