@@ -13,6 +13,7 @@ World: x points right, y up, z away from the camera; the ground is y = 0; one un
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,11 @@ _CAMERA = (0.0, 4.1, -6.6)
 _LOOK_AT = (0.0, 0.30, 0.05)
 _FIELD_OF_VIEW = math.radians(37.0)
 _LIGHT_HALF_ANGLE = 0.11
-_FAR = 1e9
+_NO_THING = (0.0, -1e3, 0.0, 0.0)
+"""Stands in for a missing neighbour: far below the ground, where it shadows nothing."""
+
+Vector = tuple[Tensor, ...]
+"""x, y and z as three tensors that broadcast against each other."""
 
 
 def render(scenes: list[Scene], size: int = 64, *, samples: int = 2, device: str = "cpu") -> Tensor:
@@ -79,7 +84,9 @@ def render(scenes: list[Scene], size: int = 64, *, samples: int = 2, device: str
     """
     if not scenes:
         raise ValueError("render got no scenes; give at least one")
-    chunk = max(1, 2**19 // (size * samples) ** 2)
+    if size < 1 or samples < 1:
+        raise ValueError(f"size is {size} and samples is {samples}; give at least 1 of each")
+    chunk = max(1, 2**20 // (size * samples) ** 2)
     parts = [_render(scenes[i : i + chunk], size, samples, device) for i in range(0, len(scenes), chunk)]
     return torch.cat(parts)
 
@@ -89,70 +96,184 @@ def render_clip(scene: Scene, frames: int = 17, size: int = 64, *, fps: float = 
     return render([scene.at(i / fps) for i in range(frames)], size, samples=samples).transpose(0, 1)
 
 
-def _rays(size: int, device: str) -> Tensor:
-    """Unit directions through the pixel centres of a size × size image: (3, size²)."""
-    camera, target = torch.tensor(_CAMERA), torch.tensor(_LOOK_AT)
-    forward = torch.nn.functional.normalize(target - camera, dim=0)
-    right = torch.nn.functional.normalize(torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), forward), dim=0)
-    up = torch.linalg.cross(forward, right)
-    grid = ((torch.arange(size) + 0.5) / size * 2 - 1) * math.tan(_FIELD_OF_VIEW / 2)
-    v, u = torch.meshgrid(-grid, grid, indexing="ij")
-    rays = forward[:, None] + right[:, None] * u.reshape(1, -1) + up[:, None] * v.reshape(1, -1)
-    return torch.nn.functional.normalize(rays, dim=0).to(device)
+def _render(scenes: list[Scene], size: int, samples: int, device: str) -> Tensor:
+    """Things are traced and shaded at the samples of their own windows only, the smooth ground once per pixel.
+
+    Radiance is laid out (3, samples², B·size²), so that averaging the samples of all pixels is one contiguous sum.
+    """
+    groups, pixels = _groups(scenes, device), len(scenes) * size**2
+    ground = _ground(scenes, groups, size, device).view(3, 1, pixels)
+    image = ground.repeat(1, samples**2, 1)
+    hits = [_trace(group, size, samples, pixels) for group in groups]
+    if hits:
+        place, depth, colour = (torch.cat(parts, dim=-1) for parts in zip(*hits, strict=True))
+        nearest = torch.full((samples**2 * pixels,), torch.inf, device=device)
+        nearest.scatter_reduce_(0, place, depth, "amin")
+        visible = torch.nonzero(depth <= nearest[place]).flatten()
+        image.view(3, -1)[:, place[visible]] = colour[:, visible]
+    levels = _srgb(image.mean(1)) * 255 + 0.5
+    return levels.clamp(0, 255).to(torch.uint8).view(3, len(scenes), size, size).transpose(0, 1).contiguous()
 
 
-@dataclass
-class _Batch:
-    """Things of a batch as tensors; scene and slot tell where each stands. All (N,) but shape-wise index lists."""
+# --- camera ----------------------------------------------------------------------------------------------------
 
-    scene: Tensor
-    centre: Tensor  # (N, 3)
-    half: Tensor  # (N,) cube half edge, cylinder or sphere radius
-    height: Tensor  # (N,) half height
+
+def _camera_axes() -> tuple[tuple[float, ...], ...]:
+    """Unit vectors right, up, forward of a camera that stands upright with x to its right."""
+    (cx, cy, cz), (tx, ty, tz) = _CAMERA, _LOOK_AT
+    assert cx == tx, "the camera looks along the z axis"
+    length = math.hypot(ty - cy, tz - cz)
+    y, z = (ty - cy) / length, (tz - cz) / length
+    return (1.0, 0.0, 0.0), (0.0, z, -y), (0.0, y, z)
+
+
+def _directions(row: Tensor, column: Tensor, size: int) -> Vector:
+    """Rays through pixel centres, scaled to 1 along the camera's axis. row: (…, H, 1), column: (…, 1, W)."""
+    _, up, forward = _camera_axes()
+    slope = math.tan(_FIELD_OF_VIEW / 2)
+    u, v = ((column + 0.5) / size * 2 - 1) * slope, (1 - (row + 0.5) / size * 2) * slope
+    return u, forward[1] + up[1] * v, forward[2] + up[2] * v
+
+
+def _window(points: Vector, size: int) -> tuple[Tensor, Tensor]:
+    """Rows (n, H, 1) and columns (n, 1, W) of the pixels that hold the hulls of world points (n, k)."""
+    seen = torch.stack([part - eye for part, eye in zip(points, _CAMERA, strict=True)], -1)
+    right, up, depth = (seen @ torch.tensor(_camera_axes(), device=seen.device).T).unbind(-1)
+    scale = 0.5 * size / (depth.clamp_min(0.1) * math.tan(_FIELD_OF_VIEW / 2))
+    return _span(0.5 * size - up * scale, size)[:, :, None], _span(0.5 * size + right * scale, size)[:, None, :]
+
+
+def _span(corners: Tensor, size: int) -> Tensor:
+    """Indices of equally many pixels per thing, inside the picture, that cover its points. (n, k) to (n, W)."""
+    low, high = corners.amin(1), corners.amax(1)
+    width = min(int((high - low).amax().ceil()) + 2, size)
+    return (low - 1).floor().clamp(0, size - width)[:, None] + torch.arange(width, device=corners.device)
+
+
+# --- things ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The things of one shape and size in a batch. Tensors are (n, 1, 1) to meet windows of pixels (n, H, W)."""
+
+    shape: str
+    scene: Tensor  # (n,) index of each thing's scene
+    centre: Vector
+    half: Tensor  # cube half edge, cylinder or sphere radius
+    height: Tensor  # half height
     cos: Tensor
     sin: Tensor
-    kinds: list[Tensor]  # indices per shape
-    rgb: Tensor  # (N, 3)
-    metal: Tensor  # (N,)
+    rgb: Vector
+    metal: Tensor  # 1 or 0
+    shine: Tensor  # strength and exponent of the highlight
+    sharpness: Tensor
+    light: Vector  # unit vector to the light of the scene
+    neighbours: tuple[tuple[Tensor, ...], ...]  # bounding spheres (x, y, z, radius) of the scene's other things
 
 
-def _batch(scenes: list[Scene], device: str) -> _Batch:
-    rows, owner, shape = [], [], []
-    for b, scene in enumerate(scenes):
-        for thing in scene.things:
-            r = thing.radius
-            half = {"sphere": r, "cube": 0.80 * r, "cylinder": 0.80 * r}[thing.shape]
-            height = {"sphere": r, "cube": 0.80 * r, "cylinder": 0.88 * r}[thing.shape]
-            turn = thing.yaw
-            rows.append(
-                (thing.x, height, thing.z, half, height, math.cos(turn), math.sin(turn))
-                + _RGB[thing.colour]
-                + (float(thing.material == "metal"),)
+def _groups(scenes: list[Scene], device: str) -> list[_Group]:
+    most = max(len(scene.things) for scene in scenes)
+    rows: dict[tuple[str, str], list[tuple[int, tuple[float, ...]]]] = {}
+    for index, scene in enumerate(scenes):
+        boxes = [_box(thing) for thing in scene.things]
+        light = _light(scene)
+        for i, thing in enumerate(scene.things):
+            others = [_bounds(o, b) for j, (o, b) in enumerate(zip(scene.things, boxes, strict=True)) if j != i]
+            others += [_NO_THING] * (most - len(scene.things))
+            turn = (math.cos(thing.yaw), math.sin(thing.yaw))
+            finish = (1.0, 1.3, 90.0) if thing.material == "metal" else (0.0, 0.05, 12.0)
+            row: tuple[float, ...] = (
+                thing.x,
+                boxes[i][1],
+                thing.z,
+                *boxes[i],
+                *turn,
+                *_RGB[thing.colour],
+                *finish,
+                *light,
             )
-            owner.append(b)
-            shape.append(SHAPES.index(thing.shape))
-    data = torch.tensor(rows, dtype=torch.float32, device=device)
-    shapes = torch.tensor(shape, device=device)
-    return _Batch(
-        scene=torch.tensor(owner, device=device),
-        centre=data[:, :3],
-        half=data[:, 3],
-        height=data[:, 4],
-        cos=data[:, 5],
-        sin=data[:, 6],
-        kinds=[torch.nonzero(shapes == k).flatten() for k in range(3)],
-        rgb=data[:, 7:10],
-        metal=data[:, 10],
+            row += tuple(number for other in others for number in other)
+            rows.setdefault((thing.shape, thing.size), []).append((index, row))
+    return [_group(shape, members, device) for (shape, _), members in rows.items()]
+
+
+def _group(shape: str, members: Sequence[tuple[int, tuple[float, ...]]], device: str) -> _Group:
+    scene = torch.tensor([index for index, _ in members], device=device)
+    data = torch.tensor([row for _, row in members], dtype=torch.float32, device=device)
+    c = data.T[..., None, None].unbind()
+    return _Group(
+        shape,
+        scene,
+        centre=c[:3],
+        half=c[3],
+        height=c[4],
+        cos=c[5],
+        sin=c[6],
+        rgb=c[7:10],
+        metal=c[10],
+        shine=c[11],
+        sharpness=c[12],
+        light=c[13:16],
+        neighbours=tuple(c[i : i + 4] for i in range(16, len(c), 4)),
     )
 
 
-def _local(batch: _Batch, index: Tensor, origin: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
-    """Rays in the frames of the things ``index``: centred and turned. Components are (n, R)."""
-    centre = batch.centre[index]
-    ox, oy, oz = (origin[i] - centre[:, i, None] for i in range(3))
-    dx, dy, dz = direction[0], direction[1], direction[2]
-    cos, sin = batch.cos[index, None], batch.sin[index, None]
-    return cos * ox + sin * oz, oy, cos * oz - sin * ox, cos * dx + sin * dz, dy, cos * dz - sin * dx
+def _box(thing: Thing) -> tuple[float, float]:
+    """Half width and half height."""
+    radius = thing.radius
+    return {"sphere": (radius, radius), "cube": (0.80 * radius, 0.80 * radius)}.get(
+        thing.shape, (0.80 * radius, 0.88 * radius)
+    )
+
+
+def _bounds(thing: Thing, box: tuple[float, float]) -> tuple[float, float, float, float]:
+    """The sphere that stands for a thing when it shadows another."""
+    return thing.x, box[1], thing.z, box[0] * {"sphere": 1.0, "cube": 1.12, "cylinder": 1.06}[thing.shape]
+
+
+def _light(scene: Scene) -> tuple[float, float, float]:
+    azimuth = scene.light - 0.75
+    x, y, z = math.sin(azimuth), 1.25, -0.72 * math.cos(azimuth)
+    length = math.hypot(x, y, z)
+    return x / length, y / length, z / length
+
+
+def _hull(group: _Group) -> Vector:
+    """World points (n, k) whose convex hull holds each thing, lifted points and those below them alike."""
+    if group.shape == "sphere":
+        points = [(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]
+    else:
+        sides, outside = (4, math.sqrt(2)) if group.shape == "cube" else (8, 1 / math.cos(math.pi / 8))
+        turns = [(i + 0.5) * 2 * math.pi / sides for i in range(sides)]
+        points = [(outside * math.cos(t), y, outside * math.sin(t)) for t in turns for y in (-1.0, 1.0)]
+    unit = torch.tensor(points, dtype=torch.float32, device=group.half.device)
+    local = tuple(unit[:, i] * side for i, side in enumerate((group.half, group.height, group.half)))
+    x, y, z = (part + centre for part, centre in zip(_to_world(group, local), group.centre, strict=True))
+    return x[:, 0], y[:, 0], z[:, 0]
+
+
+def _outline(group: _Group) -> Vector:
+    """World points (n, k) that bound what the camera sees of each thing; a sphere's silhouette is nearly its disc."""
+    if group.shape != "sphere":
+        return _hull(group)
+    right, up, _ = _camera_axes()
+    offsets = [[1.02 * (i * r + j * u) for i in (-1, 1) for j in (-1, 1)] for r, u in zip(right, up, strict=True)]
+    unit = torch.tensor(offsets, device=group.half.device)
+    x, y, z = (centre + part * group.half for part, centre in zip(unit, group.centre, strict=True))
+    return x[:, 0], y[:, 0], z[:, 0]
+
+
+def _to_local(group: _Group, v: Vector) -> Vector:
+    return group.cos * v[0] + group.sin * v[2], v[1], group.cos * v[2] - group.sin * v[0]
+
+
+def _to_world(group: _Group, v: Vector) -> Vector:
+    return group.cos * v[0] - group.sin * v[2], v[1], group.cos * v[2] + group.sin * v[0]
+
+
+def _dot(a: Vector, b: Vector) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _slabs(origin: Tensor, direction: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,202 +282,174 @@ def _slabs(origin: Tensor, direction: Tensor, half: Tensor) -> tuple[Tensor, Ten
     return middle - spread, middle + spread
 
 
-def _interval(batch: _Batch, kind: int, index: Tensor, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Ray parameters (near, far) at which rays enter and leave convex things; near > far is a miss. (n, R) each."""
-    ox, oy, oz, dx, dy, dz = _local(batch, index, origin, direction)
-    half, height = batch.half[index, None], batch.height[index, None]
-    if kind == 1:
-        x0, x1 = _slabs(ox, dx, half)
-        y0, y1 = _slabs(oy, dy, height)
-        z0, z1 = _slabs(oz, dz, half)
+def _interval(group: _Group, origin: Vector, ray: Vector) -> tuple[Tensor, Tensor]:
+    """Ray parameters at which rays of the things' own frames enter and leave them; a miss has near > far.
+
+    For a miss of something round the two still tell by how much, as the square root of a negative number would.
+    """
+    (ox, oy, oz), (dx, dy, dz) = origin, ray
+    if group.shape == "cube":
+        x0, x1 = _slabs(ox, dx, group.half)
+        y0, y1 = _slabs(oy, dy, group.height)
+        z0, z1 = _slabs(oz, dz, group.half)
         return torch.maximum(torch.maximum(x0, y0), z0), torch.minimum(torch.minimum(x1, y1), z1)
-    if kind == 0:
-        a, b, c = 1.0, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - half * half
-        gap = b * b - c
-        root = gap.clamp_min(0).sqrt()
-        miss = gap < 0
-        return torch.where(miss, _FAR, -b - root), torch.where(miss, -_FAR, root - b)
-    a = (dx * dx + dz * dz).clamp_min(1e-9)
-    b, c = ox * dx + oz * dz, ox * ox + oz * oz - half * half
-    gap = b * b - a * c
-    root = gap.clamp_min(0).sqrt()
-    y0, y1 = _slabs(oy, dy, height)
-    near, far = torch.maximum((-b - root) / a, y0), torch.minimum((root - b) / a, y1)
-    miss = gap < 0
-    return torch.where(miss, _FAR, near), torch.where(miss, -_FAR, far)
-
-
-def _normals(batch: _Batch, kind: int, thing: Tensor, point: Tensor) -> Tensor:
-    """Outward unit normals of things of one kind at surface points. point: (3, P), thing: (P,). Returns (3, P)."""
-    centre, half, height = batch.centre[thing].T, batch.half[thing], batch.height[thing]
-    local = point - centre
-    if kind == 0:
-        return local / half
-    cos, sin = batch.cos[thing], batch.sin[thing]
-    x, y, z = cos * local[0] + sin * local[2], local[1], cos * local[2] - sin * local[0]
-    if kind == 1:
-        scaled = torch.stack((x / half, y / height, z / half))
-        largest = scaled.abs().amax(0)
-        face = torch.where(scaled.abs() >= largest - 1e-6, scaled.sign(), 0.0)
+    if group.shape == "sphere":
+        a, b, c = _dot(ray, ray), _dot(origin, ray), _dot(origin, origin) - group.half * group.half
     else:
-        side = (x * x + z * z).sqrt() / half > y.abs() / height
-        face = torch.stack(
-            (torch.where(side, x / half, 0.0), torch.where(side, 0.0, y.sign()), torch.where(side, z / half, 0.0))
-        )
-    face = torch.nn.functional.normalize(face, dim=0)
-    return torch.stack((cos * face[0] - sin * face[2], face[1], cos * face[2] + sin * face[0]))
+        a, b, c = dx * dx + dz * dz, ox * dx + oz * dz, ox * ox + oz * oz - group.half * group.half
+    gap = b * b - a * c
+    root = gap.abs().sqrt().copysign(gap)
+    near, far = (-b - root) / a, (root - b) / a
+    if group.shape == "sphere":
+        return near, far
+    y0, y1 = _slabs(oy, dy, group.height)
+    return torch.maximum(near, y0), torch.minimum(far, y1)
 
 
-def _occlusion(batch: _Batch, thing: Tensor, kind: int, point: Tensor, light: Tensor) -> Tensor:
-    """How much of the light a thing hides from points, in [0, 1]. thing: (n,), point: (3, R) or (n, 3, R).
+def _trace(group: _Group, size: int, samples: int, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where rays meet the things: places in the batch's radiance (P,), depths (P,) and linear radiance (3, P)."""
+    row, column = _window(_outline(group), size * samples)
+    ray = _directions(row, column, size * samples)
+    origin = _to_local(group, tuple(eye - centre for eye, centre in zip(_CAMERA, group.centre, strict=True)))
+    near, far = _interval(group, origin, direction := _to_local(group, ray))
+    found = torch.nonzero(((near < far) & (near > 0)).flatten()).flatten()
+    colour = _surface(group, tuple(o + near * d for o, d in zip(origin, direction, strict=True)), ray)
+    row, column = row.long(), column.long()
+    sample = row % samples * samples + column % samples
+    place = sample * pixels + group.scene[:, None, None] * size**2 + row // samples * size + column // samples
+    return place.flatten()[found], near.flatten()[found], torch.stack([c.flatten()[found] for c in colour])
+
+
+def _normal(group: _Group, point: Vector) -> Vector:
+    """Outward unit normals at points of the surface, both in the things' own frames."""
+    x, y, z = point[0] / group.half, point[1] / group.height, point[2] / group.half
+    if group.shape == "sphere":
+        return x, y, z
+    if group.shape == "cube":
+        ax, ay, az = x.abs(), y.abs(), z.abs()
+        on_x, on_y = (ax >= ay) & (ax >= az), ay >= az
+        return x.sign() * on_x, y.sign() * (on_y & ~on_x), z.sign() * ~(on_x | on_y)
+    radius = (x * x + z * z).sqrt()
+    side = radius > y.abs()
+    scale = side / radius
+    return x * scale, y.sign() * ~side, z * scale
+
+
+def _surface(group: _Group, point: Vector, ray: Vector) -> Vector:
+    """Linear radiance of things. point: on the surface, own frame; ray: from the camera, world, of any length."""
+    normal = _to_world(group, _normal(group, point))
+    world = _to_world(group, point)
+    inverse = _dot(ray, ray).rsqrt()
+    ray = (ray[0] * inverse, ray[1] * inverse, ray[2] * inverse)
+    lit = _light_past_neighbours(group, tuple(p + c for p, c in zip(world, group.centre, strict=True)))
+    light = group.light
+    facing = _dot(normal, light).clamp_min(0) * lit
+    along = _dot(ray, normal)
+    # The half vector is light - ray, so its product with the normal and its length follow from three dot products.
+    gloss = (
+        group.shine
+        * lit
+        * ((_dot(normal, light) - along) * (2 - 2 * _dot(ray, light)).rsqrt()).clamp_min(0) ** group.sharpness
+    )
+    contact = 0.55 + 0.45 * (0.5 + 0.5 * point[1] / group.height).clamp(0, 1)
+    ambient = (0.29 + 0.13 * normal[1]) * contact + 0.78 * facing
+    mirror = ray[1] - 2 * along * normal[1]
+    horizon = torch.sigmoid(9 * mirror)
+    environment = 0.30 + horizon * (0.16 + 0.50 * mirror.clamp_min(0))
+    streak = torch.exp(-40 * (mirror - 0.45) ** 2) * 0.35
+    reflected = group.metal * (0.95 * environment + streak) * contact
+    white = (1 + along).clamp(0, 1) ** 4 * reflected
+    tinted = torch.where(group.metal > 0, reflected - white + 0.35 * facing, ambient)
+    return tuple(channel * tinted + (white + gloss) for channel in group.rgb)
+
+
+# --- light -----------------------------------------------------------------------------------------------------
+
+
+def _smooth(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _light_past_neighbours(group: _Group, point: Vector) -> Tensor:
+    """Light that reaches points past the bounding spheres of the scene's other things, in [0, 1]."""
+    lit = torch.ones_like(point[0])
+    for x, y, z, radius in group.neighbours:
+        offset = (point[0] - x, point[1] - y, point[2] - z)
+        along = -_dot(offset, group.light)
+        closest = (_dot(offset, offset) - along * along).clamp_min(0).sqrt()
+        hidden = _smooth(0.5 + 0.5 * (radius - closest) / (along.clamp_min(0.05) * _LIGHT_HALF_ANGLE))
+        lit = lit * (1 - hidden * (along > 0))
+    return lit
+
+
+def _occlusion(group: _Group, point: Vector) -> Tensor:
+    """How much of the light each thing hides from points, in [0, 1]: (n, H, W).
 
     The light is a disc of half angle _LIGHT_HALF_ANGLE. A ray's length inside the thing, or its clearance from it,
     over the disc's radius at that distance is mapped to a smooth penumbra.
     """
-    ox, oy, oz = (point[i] - batch.centre[thing, i, None] for i in range(3))
-    lx, ly, lz = (light[thing_scene] for thing_scene, light in ((batch.scene[thing], light[:, i, None]) for i in range(3)))
-    along = -(ox * lx + oy * ly + oz * lz)
+    offset = tuple(p - c for p, c in zip(point, group.centre, strict=True))
+    along = -_dot(offset, group.light)
     spread = along.clamp_min(0.05) * _LIGHT_HALF_ANGLE
-    cx, cy, cz = ox + along * lx, oy + along * ly, oz + along * lz
-    if kind == 0:
-        clearance = (cx * cx + cy * cy + cz * cz).sqrt() - batch.half[thing, None]
-        inside = -clearance
+    if group.shape == "sphere":
+        inside = group.half - (_dot(offset, offset) - along * along).clamp_min(0).sqrt()
     else:
-        half, height = batch.half[thing, None], batch.height[thing, None]
-        cos, sin = batch.cos[thing, None], batch.sin[thing, None]
-        ax, az, bx, bz = cos * ox + sin * oz, cos * oz - sin * ox, cos * lx + sin * lz, cos * lz - sin * lx
-        y0, y1 = _slabs(oy, ly.expand_as(oy), height)
-        if kind == 1:
-            x0, x1 = _slabs(ax, bx.expand_as(ax), half)
-            z0, z1 = _slabs(az, bz.expand_as(az), half)
-            length = torch.minimum(torch.minimum(x1, y1), z1) - torch.maximum(torch.maximum(x0, y0), z0)
-        else:
-            a, b, c = bx * bx + bz * bz, ax * bx + az * bz, ax * ax + az * az - half * half
-            gap = b * b - a * c
-            root = gap.abs().sqrt() * gap.sign()
-            length = torch.minimum((root - b) / a, y1) - torch.maximum((-b - root) / a, y0)
-        inside = 0.5 * length
-    soft = (0.5 + 0.5 * inside / spread).clamp(0, 1)
-    return torch.where(along > 0, soft * soft * (3 - 2 * soft), 0.0)
+        near, far = _interval(group, _to_local(group, offset), _to_local(group, group.light))
+        inside = 0.5 * (far - near)
+    return _smooth(0.5 + 0.5 * inside / spread) * (along > 0)
 
 
-def _render(scenes: list[Scene], size: int, samples: int, device: str) -> Tensor:
-    batch = _batch(scenes, device)
-    count, fine = len(scenes), size * samples
-    rays = _rays(fine, device)
-    pixels = rays.shape[1]
-    camera = torch.tensor(_CAMERA, device=device)
-    origin = camera[:, None].expand(3, 1)
-    azimuth = torch.tensor([s.light for s in scenes], device=device) - 0.75
-    light = torch.stack((azimuth.sin(), torch.full_like(azimuth, 1.25), -0.72 * azimuth.cos()), dim=1)
-    light = torch.nn.functional.normalize(light, dim=1)  # (B, 3)
-
-    depth = torch.full((count, pixels), _FAR, device=device)
-    winner = torch.full((count, pixels), -1, dtype=torch.int32, device=device)
-    for kind, index in enumerate(batch.kinds):
-        if len(index) == 0:
-            continue
-        near, far = _interval(batch, kind, index, origin, rays)
-        near = torch.where((near < far) & (near > 0), near, _FAR)
-        for row, thing in enumerate(index.tolist()):
-            scene = int(batch.scene[thing])
-            closer = near[row] < depth[scene]
-            depth[scene] = torch.where(closer, near[row], depth[scene])
-            winner[scene] = torch.where(closer, thing, winner[scene])
-
-    ground = _ground(batch, scenes, _rays(size, device), camera, light).view(3, count, size, 1, size, 1)
-    image = ground.expand(3, count, size, samples, size, samples).reshape(3, count * pixels)
-    hit = torch.nonzero(winner.flatten() >= 0).flatten()
-    if len(hit):
-        scene, pixel = hit // pixels, hit % pixels
-        thing, t = winner.flatten()[hit].long(), depth.flatten()[hit]
-        colour = _surface(batch, thing, scene, camera[:, None] + t * rays[:, pixel], rays[:, pixel], light)
-        image[:, hit] = colour
-    image = image.view(3, count, size, samples, size, samples).mean((3, 5)).transpose(0, 1)
-    return (_srgb(image) * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+def _ground(scenes: list[Scene], groups: list[_Group], size: int, device: str) -> Tensor:
+    """Linear radiance of the ground under every pixel, shadowed by the things: (3, B, size, size)."""
+    pixels = torch.arange(size, device=device, dtype=torch.float32)
+    x, z = _ground_points(pixels[:, None], pixels[None, :], size)
+    lit = torch.ones(len(scenes) * size**2, device=device)
+    for group in groups:
+        place, shadow = _cast_shadow(group, size)
+        lit.scatter_reduce_(0, place, 1 - shadow, "prod")
+    lit = lit.view(len(scenes), size, size) * torch.tensor([_light(s)[1] for s in scenes], device=device)[:, None, None]
+    open_sky = _open_sky(scenes, x, z)
+    fade = 0.34 + 0.66 * torch.exp(-0.018 * (x * x + 0.8 * (z + 0.6) ** 2))
+    key, sky = lit * (0.46 * fade), open_sky * (0.30 * fade)
+    warm, cool = (1.0, 0.965, 0.90), (0.90, 0.96, 1.06)
+    return torch.stack([key * w + sky * c for w, c in zip(warm, cool, strict=True)])
 
 
-def _ground(batch: _Batch, scenes: list[Scene], rays: Tensor, camera: Tensor, light: Tensor) -> Tensor:
-    """Radiance of the ground under every ray, shadowed by the things: (3, B, R) linear."""
-    t = (camera[1] / (-rays[1]).clamp_min(1e-3)).clamp_max(40.0)
-    x, z = camera[0] + t * rays[0], camera[2] + t * rays[2]
-    point = torch.stack((x, torch.zeros_like(x), z))
-    lit = torch.ones(len(scenes), rays.shape[1], device=rays.device)
-    open_sky = torch.ones_like(lit)
-    for kind, index in enumerate(batch.kinds):
-        if len(index) == 0:
-            continue
-        shadow = _occlusion(batch, index, kind, point, light)
-        height = batch.height[index, None]
-        reach = (x - batch.centre[index, 0, None]) ** 2 + (z - batch.centre[index, 2, None]) ** 2
-        contact = 0.55 / (1 + (reach / (1.1 * height * height)) ** 2)
-        for row, scene in enumerate(batch.scene[index].tolist()):
-            lit[scene] *= 1 - shadow[row]
-            open_sky[scene] *= 1 - contact[row]
-    fade = torch.exp(-0.018 * (x * x + 0.8 * (z + 0.6) ** 2))
-    key = 0.46 * light[:, 1, None] * lit
-    sky = 0.30 * open_sky
-    warm, cool = torch.tensor([1.0, 0.965, 0.90]), torch.tensor([0.90, 0.96, 1.06])
-    shade = torch.stack([(key * float(w) + sky * float(c)) for w, c in zip(warm, cool, strict=True)])
-    return shade * (0.34 + 0.66 * fade)
+def _ground_points(row: Tensor, column: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """x and z at which rays through pixels meet the ground."""
+    dx, dy, dz = _directions(row, column, size)
+    t = (_CAMERA[1] / (-dy).clamp_min(1e-3)).clamp_max(40.0)
+    return _CAMERA[0] + t * dx, _CAMERA[2] + t * dz
 
 
-def _surface(batch: _Batch, thing: Tensor, scene: Tensor, point: Tensor, ray: Tensor, light: Tensor) -> Tensor:
-    """Radiance of things at hit points. thing, scene: (P,), point, ray: (3, P). Returns (3, P) linear."""
-    normal = torch.empty_like(point)
-    shape_of = torch.empty(len(batch.scene), dtype=torch.long, device=point.device)
-    for kind, index in enumerate(batch.kinds):
-        shape_of[index] = kind
-    shapes = shape_of[thing]
-    for kind in range(3):
-        where = torch.nonzero(shapes == kind).flatten()
-        if len(where):
-            normal[:, where] = _normals(batch, kind, thing[where], point[:, where])
-    to_light = light[scene].T
-    lit = _shadow_on_things(batch, thing, scene, point, to_light)
-    metal, rgb = batch.metal[thing], batch.rgb[thing].T
-    facing = (normal * to_light).sum(0).clamp_min(0)
-    half = torch.nn.functional.normalize(to_light - ray, dim=0)
-    gloss = (normal * half).sum(0).clamp_min(0)
-    mirror = ray - 2 * (ray * normal).sum(0) * normal
-    fresnel = (1 + (ray * normal).sum(0)).clamp(0, 1) ** 4
-    up = 0.5 + 0.5 * normal[1]
-    contact = 0.55 + 0.45 * (point[1] / (2 * batch.height[thing])).clamp(0, 1)
-    ambient = (0.16 + 0.26 * up) * contact
-    matte = rgb * (ambient + 0.78 * facing * lit) + 0.05 * gloss**12 * lit
-    horizon = torch.sigmoid(9 * mirror[1])
-    environment = (1 - horizon) * 0.30 + horizon * (0.46 + 0.50 * mirror[1].clamp_min(0))
-    streak = torch.exp(-40 * (mirror[1] - 0.45) ** 2) * 0.35
-    tint = rgb * (1 - fresnel) + fresnel
-    polished = tint * (0.95 * environment + streak) * contact + rgb * 0.35 * facing * lit + 1.3 * gloss**90 * lit
-    return torch.where(metal > 0.5, polished, matte)
+def _cast_shadow(group: _Group, size: int) -> tuple[Tensor, Tensor]:
+    """Where in the batch's pixels things shadow the ground (P,), and how much of the light they hide there (P,)."""
+    x, y, z = _hull(group)
+    lx, ly, lz = (part[:, 0] for part in group.light)
+    foot_x, foot_z = x - lx * y / ly, z - lz * y / ly
+    blur = 3 * _LIGHT_HALF_ANGLE * y / ly
+    edges = [
+        (torch.cat((foot_x + i * blur, x), 1), torch.cat((foot_z + j * blur, z), 1)) for i in (-1, 1) for j in (-1, 1)
+    ]
+    all_x, all_z = (torch.cat(parts, 1) for parts in zip(*edges, strict=True))
+    row, column = _window((all_x, torch.zeros_like(all_x), all_z), size)
+    gx, gz = _ground_points(row, column, size)
+    shadow = _occlusion(group, (gx, torch.zeros_like(gx), gz))
+    place = (group.scene[:, None, None] * size + row.long()) * size + column.long()
+    return place.flatten(), shadow.flatten()
 
 
-def _shadow_on_things(batch: _Batch, thing: Tensor, scene: Tensor, point: Tensor, to_light: Tensor) -> Tensor:
-    """Light that reaches hit points past the *other* things of their scene: (P,) in [0, 1]."""
-    lit = torch.ones(point.shape[1], device=point.device)
-    start = torch.searchsorted(batch.scene, torch.arange(int(batch.scene[-1]) + 2, device=point.device))
-    shapes = torch.empty(len(batch.scene), dtype=torch.long, device=point.device)
-    for kind, index in enumerate(batch.kinds):
-        shapes[index] = kind
-    for slot in range(3):
-        other = start[scene] + slot
-        valid = (other < start[scene + 1]) & (other != thing)
-        for kind in range(3):
-            where = torch.nonzero(valid & (shapes[other.clamp_max(len(shapes) - 1)] == kind)).flatten()
-            if len(where):
-                lit[where] *= 1 - _occlusion_at(batch, other[where], kind, point[:, where], to_light[:, where])
-    return lit
-
-
-def _occlusion_at(batch: _Batch, thing: Tensor, kind: int, point: Tensor, light: Tensor) -> Tensor:
-    """As _occlusion for one thing per point: thing (P,), point and light (3, P). Bounding spheres suffice here."""
-    offset = point - batch.centre[thing].T
-    along = -(offset * light).sum(0)
-    closest = (offset + along * light).norm(dim=0)
-    radius = batch.half[thing] * (1.0, 1.12, 1.06)[kind]
-    soft = (0.5 + 0.5 * (radius - closest) / (along.clamp_min(0.05) * _LIGHT_HALF_ANGLE)).clamp(0, 1)
-    return torch.where(along > 0, soft * soft * (3 - 2 * soft), 0.0)
+def _open_sky(scenes: list[Scene], x: Tensor, z: Tensor) -> Tensor:
+    """How much of the sky ground points see past the things that stand near: (B, H, W) in (0, 1]."""
+    most = max(len(scene.things) for scene in scenes)
+    spots = [[(t.x, t.z, _box(t)[1]) for t in s.things] + [(1e3, 1e3, 1.0)] * (most - len(s.things)) for s in scenes]
+    open_sky = torch.ones(len(scenes), *x.shape, device=x.device)
+    for spot in torch.tensor(spots, device=x.device).unbind(1):
+        at_x, at_z, height = spot.T[..., None, None].unbind()
+        reach = (x - at_x) ** 2 + (z - at_z) ** 2
+        open_sky = open_sky * (1 - 0.55 / (1 + (reach / (1.1 * height * height)) ** 2))
+    return open_sky
 
 
 def _srgb(linear: Tensor) -> Tensor:
