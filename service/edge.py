@@ -1,0 +1,230 @@
+"""The outermost layer of the server: everything that must hold for every path, BentoML's own included.
+
+Request ids, API keys, a cap on bodies (declared or chunked), bounded metric labels, and errors in OpenAI's envelope.
+It runs before BentoML's metrics and routing, so a refused request takes no place anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import errors
+from service.errors import ApiError
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/healthz", "/metrics"})
+KNOWN_PATHS = OPEN_PATHS | {"/v1/images/generations", "/v1/models", "/generate", "/schema.json", "/docs.json"}
+TEMPLATES = ((re.compile(r"^/v1/models/[^/]+$"), "/v1/models/{id}"),)
+UNKNOWN_PATH = "/{unknown}"
+REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+DRAIN_FACTOR = 64
+"""A refused body is read on up to this many times the limit, so that its sender gets to see the 413."""
+
+STATE = "leapfrog"
+"""Key of the scope under which a RequestState travels to the inner applications."""
+
+
+class RequestState:
+    """What the edge knows of a request, and an error that an inner layer wants to be told to the caller."""
+
+    def __init__(self, request_id: str, path: str) -> None:
+        self.request_id, self.path = request_id, path
+        self.error: ApiError | None = None
+
+
+class Edge:
+    """ASGI application around BentoML's."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "there are no websockets here"})
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        state = RequestState(given if REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}", scope["path"])
+        reply = Reply(send, state, scope["method"])
+        try:
+            self._authenticate(scope["path"], headers)
+            body = await self._body(headers, receive)
+            inner = {**scope, "path": metric_path(scope["path"]), STATE: state}
+            await self.app(inner, replay(body, receive), reply)
+        except ApiError as error:
+            await reply.error(error)
+        except Exception:
+            logger.exception("request %s: %s %s failed", state.request_id, scope["method"], scope["path"])
+            await reply.error(errors.internal(state.request_id))
+
+    def _authenticate(self, path: str, headers: Headers) -> None:
+        if not self.settings.api_keys or path in OPEN_PATHS:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode() if scheme.lower() == "bearer" else b""
+        # Every key is compared, so that the time tells neither which one matched nor how far.
+        matches = [secrets.compare_digest(given, known.encode()) for known in self.settings.api_keys]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """The whole body. Raises ApiError 413 when it is too large and 408 when it does not arrive in time."""
+        limit, read, chunks = self.settings.max_body_bytes, 0, list[bytes]()
+        deadline = time.monotonic() + self.settings.body_timeout_s
+        more = True
+        while more and read <= limit * DRAIN_FACTOR:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                if read > limit:
+                    break
+                message_text = f"the body did not arrive within {self.settings.body_timeout_s:g} s; send it again"
+                raise ApiError(408, message_text, code="request_timeout", headers={"connection": "close"}) from None
+            if message["type"] == "http.disconnect":
+                raise ApiError(408, "the client closed the connection", code="client_disconnected")
+            read += len(message.get("body", b""))
+            if read <= limit:
+                chunks.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        if read > limit:
+            seen = headers.get("content-length", f"more than {limit}")
+            text = f"the body has {seen} bytes; send at most {limit}"
+            raise ApiError(413, text, code="request_too_large", headers={"connection": "close"})
+        return b"".join(chunks)
+
+
+class Reply:
+    """Wraps ``send``: adds the request id, and puts every error that is not in the envelope yet into it."""
+
+    def __init__(self, send: Send, state: RequestState, method: str) -> None:
+        self._send, self._state, self._method = send, state, method
+        self._held: Message | None = None
+        self._body = b""
+        self._started = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["x-request-id"] = self._state.request_id
+            if message["status"] >= 400:
+                self._held = message
+                return
+            self._started = True
+        elif message["type"] == "http.response.body" and self._held is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._finish_error(self._held)
+            return
+        await self._send(message)
+
+    async def error(self, error: ApiError) -> None:
+        """Answer with an error unless an answer has begun."""
+        if self._started:
+            return
+        self._started = True
+        response = error.response()
+        response.headers["x-request-id"] = self._state.request_id
+        # HEAD has no body, but the headers of the answer stay those of a GET.
+        await self._send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+        await self._send({"type": "http.response.body", "body": b"" if self._method == "HEAD" else response.body})
+
+    async def _finish_error(self, start: Message) -> None:
+        if _in_envelope(self._body):
+            self._started = True
+            await self._send(start)
+            await self._send({"type": "http.response.body", "body": self._body})
+            return
+        headers = Headers(raw=start["headers"])
+        error = self._state.error or translate(start["status"], self._body, self._state, self._method)
+        if "allow" in headers:
+            error.headers["allow"] = headers["allow"]
+        await self.error(error)
+
+
+class RestorePath:
+    """Innermost middleware: routing sees the real path again, which metrics saw as a template."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if STATE in scope:
+            scope = {**scope, "path": scope[STATE].path}
+        await self.app(scope, receive, send)
+
+
+def metric_path(path: str) -> str:
+    """A path for metric labels: itself if known, else its template, so that scanners cannot add series."""
+    if path in KNOWN_PATHS:
+        return path
+    return next((template for pattern, template in TEMPLATES if pattern.match(path)), UNKNOWN_PATH)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives ``body`` once and then waits for the client to leave."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def inner() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return inner
+
+
+def translate(status: int, body: bytes, state: RequestState, method: str) -> ApiError:
+    """An error of BentoML or Starlette (plain text, or JSON of another shape) as ours."""
+    if status == 404:
+        return ApiError(404, f"there is no {method} {state.path[:120]}; see GET /v1/models", code="not_found")
+    if status == 405:
+        return ApiError(405, f"{state.path[:120]} does not take {method}", code="method_not_allowed")
+    if status == 500:
+        return errors.internal(state.request_id)
+    param, message = _first_detail(body)
+    if status == 503:
+        return errors.unavailable(message, "not_ready")
+    return ApiError(status, message, code="invalid_value" if status < 500 else "server_error", param=param)
+
+
+def _first_detail(body: bytes) -> tuple[str | None, str]:
+    """(field, message) of BentoML's validation errors, its one-element lists of errors, or plain text."""
+    data = _json(body)
+    if isinstance(data, Sequence) and data and isinstance(data[0], dict):
+        data = data[0]
+    if not isinstance(data, dict):
+        return None, body.decode("utf-8", "replace").strip()[:500] or "the request failed"
+    detail = data.get("detail")
+    if isinstance(detail, list) and detail:
+        param = ".".join(str(part) for part in detail[0].get("loc", ())) or None
+        return param, f"{param or 'the body'}: {detail[0].get('msg', 'is wrong')}"
+    return None, str(data.get("error") or detail or "the request failed")[:500]
+
+
+def _in_envelope(body: bytes) -> bool:
+    data = _json(body)
+    return isinstance(data, dict) and isinstance(data.get("error"), dict) and "message" in data["error"]
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None

@@ -1,0 +1,77 @@
+"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}, built in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+class ApiError(Exception):
+    """An error that a caller sees. The message says what is wrong, the value seen and the way out."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.message = _printable(message)
+        self.param = None if param is None else _printable(param)
+        self.headers = dict(headers or {})
+
+    @property
+    def kind(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 or self.status == 408 else "invalid_request_error"
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def _printable(text: str) -> str:
+    """Text that can be sent: JSON may smuggle in half a surrogate pair, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """400: the request is wrong and stays wrong."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    """400: a part of OpenAI's interface that this server does not have."""
+    return invalid(param, message, "unsupported_operation")
+
+
+def queue_full(waiting: int, retry_after_s: float) -> ApiError:
+    """429 with the time after which a place should be free."""
+    headers = {
+        "retry-after": str(max(1, math.ceil(retry_after_s))),
+        "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1e3))),
+        "x-queue-depth": str(waiting),
+    }
+    message = f"the queue is full ({waiting} pictures wait); retry in about {max(retry_after_s, 0.1):.1f} s"
+    return ApiError(429, message, code="queue_full", headers=headers)
+
+
+def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:
+    """503: not now (loading, failed or shutting down)."""
+    return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
+
+
+def internal(request_id: str) -> ApiError:
+    """500 that tells nothing but where to look; a repeated request would fail again, so clients shall not retry."""
+    message = f"internal error; the server's log has the details under request id {request_id}"
+    return ApiError(500, message, code="internal_error", headers={"x-should-retry": "false"})

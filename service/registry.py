@@ -1,0 +1,164 @@
+"""The loaded models and the state of the service: loading, ready, failed or draining.
+
+Bundles are verified and loaded in a thread, so that the port answers from the first moment; whoever asks meanwhile
+gets 503 and the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distill.bundle import MANIFEST, Bundle, BundleError
+from service.engine import Engine
+from service.errors import ApiError, unavailable
+from service.runtimes import Runtime, open_runtime
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "failed", "draining"]
+SERVED_TASKS = ("text-to-image",)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One served bundle: its manifest, its runtime's abilities and its engine."""
+
+    bundle: Bundle
+    runtime: Runtime
+    engine: Engine
+    loaded: int
+    """Unix seconds."""
+
+    @property
+    def name(self) -> str:
+        return self.bundle.manifest.name
+
+
+class Registry:
+    """All models of the service. ``state`` and ``reason`` are what /readyz tells."""
+
+    def __init__(self, settings: Settings, broken: str | None = None) -> None:
+        """``broken``: a reason why nothing can be served at all, such as an unusable setting."""
+        self.settings = settings
+        self.state: State = "failed" if broken else "loading"
+        self.reason = broken or "the models are being loaded"
+        self._models: dict[str, Model] = {}
+        self._closing = threading.Event()
+        if broken:
+            logger.error("not serving: %s", broken)
+
+    def load(self) -> None:
+        """Verify and load every bundle; on a failure say which file is wrong and serve nothing. Runs in a thread."""
+        if self.state == "failed":
+            return
+        try:
+            for path in find_bundles(self.settings.bundles):
+                if not self._closing.is_set():
+                    self._load_one(path)
+            if not self._models:
+                raise BundleError(f"{self.settings.bundles} has no bundle that draws from text; add one")
+        except BundleError as error:
+            self._fail(str(error))
+        except Exception as error:
+            logger.exception("loading failed")
+            self._fail(f"loading failed: {error}")
+        else:
+            if not self._closing.is_set():
+                self.state, self.reason = "ready", ""
+                logger.info("ready: %s", ", ".join(self._models))
+
+    def get(self, name: str | None) -> Model:
+        """The named model, or the first. Raises ApiError: 503 while there is none to serve, 404 for another name."""
+        if self.state != "ready":
+            code = "model_loading" if self.state == "loading" else self.state
+            raise unavailable(f"not ready: {self.reason}", code, retry_after_s=2 if self.state == "loading" else 30)
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            known = ", ".join(self._models)
+            raise ApiError(
+                404, f"model is {name[:80]!r}; this server has {known}", code="model_not_found", param="model"
+            )
+        return self._models[name]
+
+    def all(self) -> list[Model]:
+        return list(self._models.values())
+
+    @property
+    def label(self) -> str:
+        """The default model's name, for metrics of requests that may not reach a model."""
+        return next(iter(self._models), "none")
+
+    @property
+    def alive(self) -> bool:
+        """False when only a restart can help: loading failed or an engine's thread has died."""
+        return self.state == "draining" or (self.state != "failed" and all(m.engine.alive for m in self.all()))
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready" and self.alive
+
+    def close(self) -> None:
+        """Stop admitting, finish what runs."""
+        self._closing.set()
+        if self.state != "failed":
+            self.state, self.reason = "draining", "the server is shutting down"
+        for model in self.all():
+            model.engine.close()
+
+    def _load_one(self, path: Path) -> None:
+        start = time.perf_counter()
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        if manifest.task not in SERVED_TASKS:
+            logger.warning("%s: task %s is not served, skipped", path, manifest.task)
+            return
+        if manifest.name in self._models:
+            raise BundleError(
+                f"{path} has the name {manifest.name!r} of {self._models[manifest.name].bundle.path}; rename one"
+            )
+        runtime = open_runtime(bundle, threads=self.settings.threads, max_batch=self.settings.max_batch)
+        engine = Engine(
+            manifest.name,
+            runtime,
+            manifest,
+            max_batch=self.settings.max_batch,
+            max_queue=self.settings.max_queue,
+        )
+        self._models[manifest.name] = Model(bundle, runtime, engine, int(time.time()))
+        able = runtime.capabilities
+        logger.info(
+            "loaded %s from %s in %.1f s: %s, %d threads, batches of %s take %s ms per step",
+            manifest.name,
+            path,
+            time.perf_counter() - start,
+            able.runtime,
+            able.threads,
+            able.batch_sizes,
+            able.step_ms,
+        )
+
+    def _fail(self, reason: str) -> None:
+        self.state, self.reason = "failed", reason
+        logger.error("not serving: %s", reason)
+
+
+def find_bundles(root: Path) -> list[Path]:
+    """``root`` itself if it is a bundle, else the bundles in it, by name. Raises BundleError when there is none.
+
+    A folder that looks like a model but has lost its manifest counts, so that opening it tells.
+    """
+    if (root / MANIFEST).is_file():
+        return [root]
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a folder; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
+    found = sorted({path.parent for name in (MANIFEST, "model_index.json", "onnx") for path in root.glob(f"*/{name}")})
+    if not found:
+        raise BundleError(f"{root} has no bundle; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
+    return found

@@ -1,0 +1,107 @@
+"""The contract of a runtime, and the plain sampling loop over it.
+
+runtime = open_runtime(Bundle.open("bundles/scenes-sdxl"), threads=2, max_batch=8)
+images = generate(runtime, manifest, ["a red cube"], seeds=[7], steps=4)      # (1, H, W, 3) uint8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.bundle import Manifest
+from distill.sampling import noise
+
+Floats = NDArray[np.float32]
+Images = NDArray[np.uint8]
+Conditioning = dict[str, NDArray[np.generic]]
+"""What the step graph reads besides latents, by input name; every array has the rows of the batch first."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a runtime can do on this machine; shown by GET /v1/models."""
+
+    runtime: str
+    device: str
+    threads: int
+    batch_sizes: tuple[int, ...]
+    """Numbers of rows that one denoising call takes; other numbers are split into these."""
+    step_ms: tuple[float, ...]
+    """Milliseconds of one denoising call at each of batch_sizes, measured while warming up."""
+
+    @property
+    def max_batch(self) -> int:
+        return self.batch_sizes[-1]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids (B, L) int64 of some prompts and, per prompt, how many tokens it has and how many were kept."""
+
+    ids: NDArray[np.int64]
+    counts: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+class Runtime(Protocol):
+    """Computes one bundle. Row i of every result depends on row i of the inputs alone, to the last bit."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens: ...
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def step(
+        self, latents: Floats, timestep: Floats, coefficients: Floats, noise: Floats, conditioning: Conditioning
+    ) -> tuple[Floats, Floats]:
+        """One denoising step of rows that may stand at different steps: (next latents, x0), both (B, C, h, w).
+
+        latents, noise: (B, C, h, w); timestep: (B,) in the model's time; coefficients: (B, 5), see distill.sampling.
+        """
+        ...
+
+    def decode(self, latents: Floats) -> Images:
+        """Pictures (B, H, W, 3) uint8 of latents (B, C, h, w)."""
+        ...
+
+
+def latent_shape(manifest: Manifest, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of a picture of ``size`` = (width, height) pixels."""
+    width, height = size
+    return (manifest.latent_channels, height // manifest.latent_stride, width // manifest.latent_stride)
+
+
+def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """One conditioning of all rows, in order."""
+    return {name: np.concatenate([c[name] for c in conditionings]) for name in conditionings[0]}
+
+
+def generate(
+    runtime: Runtime,
+    manifest: Manifest,
+    prompts: Sequence[str] | Conditioning,
+    seeds: Sequence[int],
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Images:
+    """Pictures (B, H, W, 3) uint8, one per seed, without a queue: the reference for the engine and what eval calls.
+
+    ``prompts`` are texts, or the conditioning itself for models that take labels ({"labels": (B,) int64}).
+    """
+    conditioning = prompts if isinstance(prompts, dict) else runtime.encode_text(prompts)
+    table = manifest.samplers[steps or manifest.default_steps].table()
+    shape = latent_shape(manifest, size or manifest.sizes[0])
+    draws = np.stack([noise(seed, 0, shape, draws=len(table)) for seed in seeds], axis=1)
+    latents = draws[0]
+    for k, (time, row) in enumerate(zip(table.timesteps, table.rows, strict=True)):
+        fresh = draws[k + 1] if k + 1 < len(table) else np.zeros_like(latents)
+        times = np.full(len(seeds), time, dtype=np.float32)
+        latents, _ = runtime.step(latents, times, np.tile(row, (len(seeds), 1)), fresh, conditioning)
+    return runtime.decode(latents)

@@ -1,0 +1,70 @@
+"""Settings of the service, read once from environment variables that begin with LEAPFROG_.
+
+LEAPFROG_BUNDLES=/srv/bundles LEAPFROG_API_KEYS=alpha,beta bentoml serve
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+PREFIX = "LEAPFROG_"
+REPOSITORY = Path(__file__).resolve().parent.parent
+LARGEST_SEED = 2**53 - 1
+"""The largest whole number that JavaScript keeps exactly."""
+
+
+class SettingsError(ValueError):
+    """An environment variable that cannot be used; the message names it."""
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Settings(BaseModel):
+    """Every limit of the service. Field ``max_n`` is the variable LEAPFROG_MAX_N, and so on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundles: Path = Field(default=REPOSITORY / "bundles", description="a bundle, or a folder of bundles")
+    api_keys: tuple[str, ...] = Field(default=(), repr=False, description="separated by commas; none: open to all")
+    threads: int = Field(default_factory=lambda: min(usable_cores(), 8), ge=1, le=256, description="of one graph run")
+    max_batch: int = Field(default=8, ge=1, le=64, description="pictures in one denoising step")
+    max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per model, beyond it 429")
+    max_n: int = Field(default=4, ge=1, le=10, description="pictures per request")
+    max_prompt_chars: int = Field(default=2000, ge=1, le=100_000)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    body_timeout_s: float = Field(default=20.0, gt=0, description="for a client to send its request body")
+    encode_threads: int = Field(default=2, ge=1, le=64, description="that turn pixels into png, jpeg or webp")
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(key.strip() for key in value.split(",") if key.strip())
+        return value
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Settings from LEAPFROG_* variables; an empty variable counts as unset.
+
+        Raises SettingsError for a misspelt name, with the nearest known one, and for a value out of range. Names that
+        resemble none of these settings may belong to another part of Leapfrog and are left alone.
+        """
+        given = {k.removeprefix(PREFIX).lower(): v for k, v in environ.items() if k.startswith(PREFIX) and v}
+        for name in given.keys() - cls.model_fields.keys():
+            if near := difflib.get_close_matches(name, cls.model_fields, n=1):
+                raise SettingsError(f"{PREFIX}{name.upper()} is not a setting; did you mean {PREFIX}{near[0].upper()}?")
+        try:
+            return cls.model_validate({name: value for name, value in given.items() if name in cls.model_fields})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = PREFIX + str(first["loc"][0]).upper()
+            seen = "" if "KEYS" in name else f" is {first['input']!r}"
+            raise SettingsError(f"{name}{seen}: {first['msg'].lower()}") from None
