@@ -1,0 +1,8 @@
+"""Metrics by name: importing this package registers all of them."""
+
+from __future__ import annotations
+
+from eval.metrics import composition, fid, latency, reward
+from eval.metrics.base import Metric, Samples, Score, create, registered
+
+__all__ = ["Metric", "Samples", "Score", "composition", "create", "fid", "latency", "registered", "reward"]

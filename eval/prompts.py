@@ -1,0 +1,141 @@
+"""Suites: which prompts, which seeds, which metrics. One YAML file each in eval/suites.
+
+Prompts are drawn from the same generators as the training data, with seeds that training must not use: evaluation owns
+EVALUATION_SEEDS, and a suite whose seeds lie outside of it is refused. A sample is a pair (prompt, seed).
+
+    suite = load_suite("scenes-trained")
+    prompts = build_prompts(suite, limit=100)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from distill.data.captions import Caption, describe
+from distill.data.world import sample_scene
+from eval.errors import EvalError, nearest
+
+SUITES = Path(__file__).parent / "suites"
+EVALUATION_SEEDS = range(7_000_000, 8_000_000)
+"""Streams of scenes and of noise that belong to evaluation; recipes take theirs from below."""
+DIGITS = 10
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Draw(_Strict):
+    """Which prompts: `count` of them from stream `seed`. things: how many objects, in turn; None draws 1 to 3."""
+
+    seed: int
+    count: int = Field(ge=0)
+    things: tuple[int, ...] | None = None
+    combinations: Literal["trained", "held_out"] = "trained"
+
+    @model_validator(mode="after")
+    def _ours(self) -> Draw:
+        if self.seed not in EVALUATION_SEEDS:
+            raise ValueError(
+                f"seed is {self.seed}, which may be a training stream; use {EVALUATION_SEEDS.start} to "
+                f"{EVALUATION_SEEDS.stop - 1}"
+            )
+        return self
+
+
+class Suite(_Strict):
+    """A suite file. metrics: metric names with their options. batch: pictures made at once.
+
+    cache: False makes every picture again, for metrics of time.
+    """
+
+    name: str
+    description: str
+    world: Literal["scenes", "digits"]
+    prompts: Draw
+    seeds_per_prompt: int = Field(default=1, ge=1)
+    metrics: dict[str, dict[str, Any]]
+    batch: int = Field(default=32, ge=1)
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Suite:
+        if self.prompts.count == 0 or not self.metrics:
+            raise ValueError("the suite is empty; give prompts.count of at least 1 and at least one metric")
+        return self
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample to make: the prompt (id, text), its noise seed, and what a right picture shows.
+
+    id is one per drawn scene, so that samples which share it are the same prompt with different seeds.
+    """
+
+    id: str
+    text: str
+    seed: int
+    caption: Caption | None = None
+    label: int | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.id, self.seed
+
+
+def suite_names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in SUITES.glob("*.yaml")))
+
+
+def load_suite(name: str) -> Suite:
+    """A suite by name or by the path of a YAML file. Raises EvalError that names the field at fault."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.is_file():
+        raise EvalError(f"suite {name!r} is unknown; {nearest(name, suite_names())}")
+    try:
+        return Suite.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise EvalError(f"{path} is no YAML: {error}; correct it") from None
+    except ValidationError as error:
+        raise EvalError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']}"
+    fields = [*Suite.model_fields, *Draw.model_fields]
+    return f"{where} is unknown; {nearest(str(first['loc'][-1]), fields)}"
+
+
+def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
+    """All samples of a suite in order, the seeds of one prompt together; limit keeps the first ones."""
+    total = suite.prompts.count * suite.seeds_per_prompt
+    number = total if limit is None else limit
+    if not 1 <= number <= total:
+        raise EvalError(f"--samples is {number} but suite {suite.name!r} has {total}; use 1 to {total}")
+    make = {"scenes": _scene_prompt, "digits": _digit_prompt}[suite.world]
+    prompts = []
+    for position in range(number):
+        index, repeat = divmod(position, suite.seeds_per_prompt)
+        prompts.append(make(suite.prompts, index, suite.prompts.seed + index * suite.seeds_per_prompt + repeat))
+    return prompts
+
+
+def _scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+    count = draw.things[index % len(draw.things)] if draw.things else None
+    scene = sample_scene(draw.seed, index, count=count, combinations=draw.combinations)
+    caption = describe(scene, np.random.default_rng((draw.seed, index, 1)))
+    return Prompt(f"scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption=caption)
+
+
+def _digit_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+    label = index % DIGITS
+    return Prompt(f"digits-{draw.seed}-{index}", str(label), seed, label=label)

@@ -1,0 +1,197 @@
+"""Score a bundle, a service or a folder of pictures on a suite, and keep the result.
+
+    python -m eval.run bundles/scenes-sdxl --suite scenes-trained --steps 4
+    python -m eval.run http://127.0.0.1:3000 --suite scenes-held-out --samples 200
+
+Pictures are cached by content, so a run that was interrupted goes on where it stopped when it is started again. Exit
+codes: 0 scored and stored, 3 the measurement could not be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval import judges
+from eval.errors import EvalError
+from eval.metrics import Metric, Score, create
+from eval.prompts import Prompt, Suite, build_prompts, load_suite, suite_names
+from eval.sources import Source, generate, open_source, write_folder
+from eval.store import RunInfo, Store
+
+DEFAULT_STORE = Path("runs/eval/scores.sqlite")
+DEFAULT_CACHE = Path("runs/eval/samples")
+_JUDGED = {"fid", "kid", "reward", "composition"}
+"""Metrics that load a network from the folder of judges."""
+_PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "pillow")
+
+
+def run(
+    source: Source,
+    suite: Suite,
+    *,
+    store: Path = DEFAULT_STORE,
+    samples: int | None = None,
+    label: str | None = None,
+    folder: Path | None = None,
+    cache: Path = DEFAULT_CACHE,
+    keep: Path | None = None,
+    command: str = "",
+    quiet: bool = False,
+) -> tuple[str, list[Score]]:
+    """Generate, score and store. Returns the run's id and its scores; a failure is stored as such and raised."""
+    prompts = build_prompts(suite, samples)
+    metrics = [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
+    with Store(store) as db:
+        identifier = db.begin(_info(source, suite, prompts, label or source.name, command))
+        try:
+            bar = tqdm(total=len(prompts), desc=f"{source.name}: {suite.name}", unit="image", disable=quiet)
+            with bar:
+                for made in generate(source, prompts, batch=suite.batch, cache=cache if suite.cache else None):
+                    for metric in metrics:
+                        metric.update(made)
+                    if keep is not None:
+                        write_folder(keep, made)
+                    bar.update(len(made.prompts))
+            scores = [metric.compute() for metric in metrics]
+            db.complete(identifier, prompts, scores)
+        except BaseException as error:
+            with suppress(Exception):
+                db.fail(identifier, f"{type(error).__name__}: {error}")
+            raise
+    return identifier, scores
+
+
+def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Source) -> Metric:
+    if name in _JUDGED:
+        options["folder"] = folder
+    if name == "reward":
+        options["trained_on"] = _was_trained_on(source, options.get("judge", "scenes-reward"))
+    return create(name, **options)
+
+
+def _was_trained_on(source: Source, judge: str) -> bool:
+    """Whether the source's recipe names the judge as the reward of its advantage."""
+    recipe = source.about.get("provenance", {}).get("recipe", {})
+    reward = (recipe.get("advantage") or {}).get("reward")
+    return reward is not None and Path(reward).name == judge
+
+
+def _info(source: Source, suite: Suite, prompts: Sequence[Prompt], label: str, command: str) -> RunInfo:
+    revision, dirty = code_revision()
+    return RunInfo(
+        label=label,
+        command=command,
+        suite=suite.name,
+        suite_resolved=suite.model_dump(mode="json"),
+        world=suite.world,
+        source={"name": source.name, "identity": source.identity, "about": source.about},
+        hardware=hardware(),
+        versions=package_versions(),
+        revision=revision,
+        dirty=dirty,
+        expected=len(prompts),
+    )
+
+
+def code_revision() -> tuple[str, bool]:
+    """The commit that runs and whether the code differs from it; ("unknown", True) outside a git checkout."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    found: dict[str, Any] = {"processor": model, "cores": os.cpu_count(), "system": platform.system()}
+    with suppress(ValueError, OSError, AttributeError):
+        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return found
+
+
+def package_versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def describe_score(score: Score) -> str:
+    low, high = score.ci
+    line = f"{score.metric:12} {score.value:10.4f} {score.unit:8} [{low:.4f}, {high:.4f}]  n={score.n}"
+    line += f"  {score.direction} is better"
+    if score.trained_on:
+        line += "  (training used this reward)"
+    if score.n < score.smallest_n:
+        line += f"  (too few to report: needs {score.smallest_n})"
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"suites: {', '.join(suite_names())}",
+    )
+    parser.add_argument("source", help="a bundle's folder, a service's URL, or a folder of PNG files")
+    parser.add_argument("--suite", required=True, help="a name from eval/suites or the path of a YAML file")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the bundle's own")
+    parser.add_argument("--samples", type=int, help="only the first N samples of the suite")
+    parser.add_argument("--label", help="the row of the result table; default: the source's name and steps")
+    parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: %(default)s")
+    parser.add_argument("--judges", type=Path, default=judges.DEFAULT_FOLDER, help="folder of judges; default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="generations; default: %(default)s")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write every picture there as PNG")
+    parser.add_argument("--threads", type=int, help="threads of the runtime; default: all cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    command = "python -m eval.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    try:
+        suite = load_suite(args.suite)
+        source = open_source(args.source, steps=args.steps, threads=args.threads, batch=suite.batch)
+        identifier, scores = run(
+            source,
+            suite,
+            store=args.store,
+            samples=args.samples,
+            label=args.label,
+            folder=args.judges,
+            cache=args.cache,
+            keep=args.keep,
+            command=command,
+            quiet=args.quiet,
+        )
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    for score in scores:
+        print(describe_score(score))
+    print(f"wrote run {identifier} to {args.store}" + (f" and pictures to {args.keep}" if args.keep else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
