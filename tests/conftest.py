@@ -11,11 +11,11 @@ os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="leapfrog-bentoml-
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pathlib import Path  # noqa: E402
-from typing import TYPE_CHECKING  # noqa: E402
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -49,6 +49,12 @@ def tiny_bundle(tiny_sources: Path, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(tiny_sources, root)
     export_onnx(root, say=lambda line: None)
     return root
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """The tiny bundle's manifest before files and engines are known."""
+    return tiny_manifest()
 
 
 def tiny_manifest() -> Manifest:
@@ -98,11 +104,11 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 def save_tiny_pipeline(root: Path) -> None:
     """Write a diffusers folder of StableDiffusionXLPipeline with seeded random weights in float16."""
-    import json
-
     import torch
     from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from distill.export.folder import save_pipeline
 
     tokenizer = tiny_tokenizer()
 
@@ -150,8 +156,8 @@ def save_tiny_pipeline(root: Path) -> None:
             scaling_factor=0.5,
         )
         with torch.no_grad():
-            # A random decoder paints grey on grey; ten times the contrast lets pictures differ.
-            vae.decoder.conv_out.weight *= 10
+            # A random decoder paints grey on grey; three times the contrast lets pictures differ.
+            vae.decoder.conv_out.weight *= 3
         pipeline = StableDiffusionXLPipeline(
             vae=vae,
             text_encoder=CLIPTextModel(text_config(32)),
@@ -159,16 +165,13 @@ def save_tiny_pipeline(root: Path) -> None:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
             unet=unet,
-            scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            # With 1000 original steps its four steps are ours: 999, 749, 499, 249.
+            scheduler=LCMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=1000
+            ),
             add_watermarker=False,
         )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(torch.float16).save_pretrained(root, safe_serialization=True)
-    for folder in ("tokenizer", "tokenizer_2"):
-        parts = json.loads((root / folder / "tokenizer.json").read_text())["model"]
-        (root / folder / "vocab.json").write_text(json.dumps(parts["vocab"], ensure_ascii=False))
-        lines = "".join(f"{left} {right}\n" for left, right in parts["merges"])
-        (root / folder / "merges.txt").write_text("#version: 0.2\n" + lines)
+    save_pipeline(pipeline, root)
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ class SdxlStep(nn.Module):
             return_dict=False,
         )[0]
         if self.guidance_scale != 1.0:
-            output = guided(*output.chunk(2), self.guidance_scale)
+            conditional, unconditional = output.chunk(2)
+            output = guided(conditional, unconditional, self.guidance_scale)
         return affine_step(latents, output, coefficients, noise)
 
     def _time_ids(self, latents: Tensor, like: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ class SitStep(nn.Module):
             labels = torch.cat((labels, torch.full_like(labels, self.num_classes)))
         output = self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
         if self.guidance_scale != 1.0:
-            output = guided(*output.chunk(2), self.guidance_scale)
+            conditional, unconditional = output.chunk(2)
+            output = guided(conditional, unconditional, self.guidance_scale)
         return affine_step(latents, output, coefficients, noise)
 
 
@@ -250,9 +252,7 @@ def decoder_graph(module: nn.Module, manifest: Manifest) -> GraphSpec:
         size = (batch, manifest.latent_channels, *_latent_size(manifest, generator))
         return {"latents": torch.randn(size, generator=generator)}
 
-    sides = [
-        side * manifest.latent_stride if isinstance(side, int) else f"image_{side}" for side in shape[2:]
-    ]
+    sides = [side * manifest.latent_stride if isinstance(side, int) else f"image_{side}" for side in shape[2:]]
     return GraphSpec("decoder", module, sample, {"latents": shape, "image": ("batch", *sides, 3)}, ("image",))
 
 
