@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 
 from numpy.random import Generator, default_rng
 
@@ -41,7 +41,8 @@ _WAYS = {
 }
 _VERBS = {"sphere": "rolling", "cube": "sliding", "cylinder": "sliding"}
 _NUMBERS = {2: "two", 3: "three"}
-_GLUE = "a an and are is it of one the them there which with , .".split()
+_GLUE = ("a", "an", "and", "are", "is", "it", "of", "one", "the", "them", "there", "which", "with", ",", ".")
+"""Words of the templates, and the few more ("an", "which", ".") that people put into a prompt of this kind."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def vocabulary() -> tuple[str, ...]:
 def describe(scene: Scene, rng: Generator, *, full: bool = False) -> Caption:
     """One caption of a scene, drawn from the grammar by ``rng``.
 
-    full: state every size, material and, where there are several things, a relation. Otherwise each size and each
-    material is stated with probability 0.8 and a relation with 0.85. Things that differ are never given one description.
+    full: state every size, material and, where several things are related, a relation. Otherwise each size and each
+    material is stated with probability 0.8 and a relation with 0.85. Different things never get one description.
     """
     described = _choose_facts(scene, rng, full)
     phrases = [_phrase(described[members[0]], members, rng) for members in _groups(scene)]
@@ -199,7 +200,8 @@ def _phrase(facts: Described, members: tuple[int, ...], rng: Generator) -> _Phra
 def _definite(phrase: _Phrase, phrases: list[_Phrase]) -> str:
     """The shortest "the …" that no other phrase of the caption answers to."""
     others = [other for other in phrases if other is not phrase]
-    for words in ((), *((word,) for word in phrase.adjectives), phrase.adjectives):
+    shortest_first = chain.from_iterable(combinations(phrase.adjectives, k) for k in range(len(phrase.adjectives) + 1))
+    for words in shortest_first:
         if not any(_could_mean(other, words, phrase.noun) for other in others):
             break
     return " ".join(("the", *words, phrase.noun_form))
@@ -268,7 +270,7 @@ def _relating(
     if not rest:
         return _about_two(a, how, b, phrases, rng), [first]
     c = rest[0]
-    second = [p for p in pairs if p[0] is a and p[2] is c or brief and p[0] is c and p[2] is b]
+    second = [p for p in pairs if (p[0] is a and p[2] is c) or (brief and p[0] is c and p[2] is b)]
     if not second or rng.random() < 0.5:
         return _about_three(a, how, b, c, phrases, brief, rng), [first]
     other = second[int(rng.integers(len(second)))]

@@ -1,0 +1,67 @@
+# make serve    the light environment, then the service on http://127.0.0.1:3000
+# make test     the full environment, then every test
+# make lint     ruff and mypy         make format   ruff's formatter
+# make models   retrains every embedded model from its recipe (hours on a CPU)
+# make clean    removes environments and caches, never runs/ or bundles/
+
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 3000
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SPEC := pyproject.toml constraints.txt
+MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher scenes-dmd2 scenes-amd \
+	digits-teacher digits-amd
+
+.DELETE_ON_ERROR:
+.PHONY: serve setup-serve setup test lint format models $(MODELS) clean help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+serve: setup-serve
+	BENTOML_DO_NOT_TRACK=True exec $(BIN)/bentoml serve --host $(HOST) --port $(PORT)
+
+setup-serve: $(VENV)/.serve
+setup: $(VENV)/.all
+
+# A stamp per environment: a second start installs nothing. The full environment holds the light one.
+$(VENV)/.serve: $(SPEC) | $(BIN)/python
+	@echo "installing what serving needs into $(VENV)"
+	$(PIP) --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.all: $(SPEC) | $(BIN)/python
+	@echo "installing everything into $(VENV); torch alone is some gigabytes"
+	$(PIP) --editable '.[all]'
+	@touch $(VENV)/.serve $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Leapfrog needs Python 3.11 or newer and found none; give one: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+test: setup
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Each model needs those before it, so they are made in this order; an interrupted one goes on where it stopped.
+models: setup
+	set -e; for model in $(MODELS); do $(MAKE) $$model; done
+
+$(MODELS): setup
+	$(BIN)/python -m distill.run recipes/$@.yaml --resume
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,194 @@
+"""Captions: every stated fact is true of the scene, and the English is right."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+
+from distill.data.captions import CLIP_SECONDS, Caption, article, describe, vocabulary
+from distill.data.world import HELD_OUT, Scene, Thing, holds, relation, sample_scene
+
+
+@cache
+def described(moving: bool, full: bool = False, count: int = 4_000) -> list[tuple[Scene, Caption]]:
+    scenes = [sample_scene(7, i, moving=moving) for i in range(count)]
+    return [(scene, describe(scene, np.random.default_rng((7, i)), full=full)) for i, scene in enumerate(scenes)]
+
+
+def thing(shape: str = "sphere", x: float = 0.0, z: float = 0.0, motion: str = "still", speed: float = 0.0) -> Thing:
+    return Thing(shape, "red", "small", "rubber", x, z, motion=motion, speed=speed)
+
+
+def texts(scene: Scene, count: int = 300, full: bool = False) -> set[str]:
+    return {describe(scene, np.random.default_rng(i), full=full).text for i in range(count)}
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_every_stated_attribute_is_that_of_the_thing(moving: bool) -> None:
+    for scene, caption in described(moving):
+        assert [d.index for d in caption.things] == list(range(len(scene.things)))
+        for stated, real in zip(caption.things, scene.things, strict=True):
+            assert (stated.shape, stated.colour) == (real.shape, real.colour)
+            assert stated.size in (None, real.size)
+            assert stated.material in (None, real.material)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_every_stated_relation_is_true_and_clear(moving: bool) -> None:
+    stated = 0
+    for scene, caption in described(moving):
+        for i, name, j in caption.relations:
+            assert relation(scene.things[i], scene.things[j]) == name
+            assert holds(name, scene.at(CLIP_SECONDS).things[i], scene.at(CLIP_SECONDS).things[j])
+            stated += 1
+    assert stated > 1_000
+
+
+def test_motion_names_the_thing_that_moves() -> None:
+    for scene, caption in described(True):
+        assert caption.motion is not None
+        index, name = caption.motion
+        assert scene.things[index].motion == name != "still"
+        verb = "rolling" if scene.things[index].shape == "sphere" else "sliding"
+        way = {
+            "left": "(to the )?left",
+            "right": "(to the )?right",
+            "towards": "towards (us|the camera)",
+            "away": "(away( from us)?|into the distance)",
+        }[name]
+        assert re.search(rf"\b{verb} {way}\b", caption.text), caption.text
+
+
+def test_still_scenes_say_nothing_of_motion() -> None:
+    for _, caption in described(False):
+        assert caption.motion is None
+        assert not {"rolling", "sliding"} & set(caption.text.split())
+
+
+def test_facts_and_words_agree_for_a_single_thing() -> None:
+    """With one thing the words can be counted: a fact is in the text exactly when it is in the structure."""
+    words = {
+        "large": {"large", "big"},
+        "small": {"small", "tiny"},
+        "metal": {"metal", "metallic", "shiny"},
+        "rubber": {"rubber", "matte"},
+        "sphere": {"sphere", "ball"},
+        "cube": {"cube", "block"},
+        "cylinder": {"cylinder"},
+        "gray": {"gray", "grey"},
+    }
+    for scene, caption in described(False):
+        if len(scene.things) > 1:
+            continue
+        said, facts = set(caption.text.split()), caption.things[0]
+        for fact, real in ((facts.size, scene.things[0].size), (facts.material, scene.things[0].material)):
+            assert bool(said & words[real]) == (fact is not None)
+        assert said & words[facts.shape]
+        assert said & words.get(facts.colour, {facts.colour})
+
+
+def test_sizes_and_materials_are_stated_four_times_in_five() -> None:
+    things = [stated for _, caption in described(False) for stated in caption.things]
+    assert np.mean([t.size is not None for t in things]) == pytest.approx(0.8, abs=0.03)
+    assert np.mean([t.material is not None for t in things]) == pytest.approx(0.8, abs=0.03)
+
+
+def test_two_things_are_related_with_probability_085_and_three_by_one_or_two_relations() -> None:
+    pairs = [c for scene, c in described(False) if len({t.attributes for t in scene.things}) == len(scene.things) == 2]
+    assert np.mean([len(c.relations) == 1 for c in pairs]) == pytest.approx(0.85, abs=0.03)
+    triples = [c for s, c in described(False) if len({t.attributes for t in s.things}) == len(s.things) == 3]
+    assert {len(c.relations) for c in triples} == {0, 1, 2}
+
+
+def test_full_captions_state_everything() -> None:
+    for scene, caption in described(False, full=True):
+        assert all(t.size and t.material for t in caption.things)
+        if len({t.attributes for t in scene.things}) == len(scene.things) > 1:
+            assert caption.relations
+
+
+def test_articles_plurals_and_form() -> None:
+    wrong_article = re.compile(r"\b(a (?=[aeiou])|an (?=[^aeiou]))")
+    noun_phrase = re.compile(r"\b(a|two|three|the) (?:\w+ ){0,3}?(sphere|ball|cube|block|cylinder)(s?)\b")
+    endings = {"a": {""}, "two": {"s"}, "three": {"s"}, "the": {"", "s"}}
+    for moving in (False, True):
+        for _, caption in described(moving):
+            text = caption.text
+            assert text == text.lower().strip()
+            assert not text.endswith(".")
+            assert "  " not in text
+            assert " ," not in text
+            assert not wrong_article.search(text)
+            for number, _, ending in noun_phrase.findall(text):
+                assert ending in endings[number], text
+            assert not re.search(r"s is (?!a)|\bthere is two\b|\bthere are a\b", text)
+
+
+def test_article_before_a_vowel() -> None:
+    assert [article(word) for word in ("large", "orange")] == ["a", "an"]
+
+
+def test_identical_things_are_counted() -> None:
+    pair = Scene((thing(x=-1.2), thing(x=1.2)))
+    assert {"two small red rubber spheres", "there are two tiny red rubber balls"} <= texts(pair)
+    assert all(" two " in f" {text} " for text in texts(pair))
+    triple = Scene((thing(x=-1.2), thing(x=1.2), thing(z=1.2)))
+    assert all(text.split()[0] == "three" or text.startswith("there are three") for text in texts(triple))
+
+
+def test_a_group_has_a_relation_only_when_all_of_it_has() -> None:
+    left = Scene((thing(x=-1.5, z=-0.9), thing(x=-1.5, z=0.9), thing("cube", x=1.5)))
+    relations = {describe(left, np.random.default_rng(i)).relations for i in range(100)}
+    assert ((0, "left", 2), (1, "left", 2)) in relations
+    assert any("are left of a" in text or "are to the left of a" in text for text in texts(left))
+    around = Scene((thing(x=-1.5), thing(x=1.5), thing("cube")))
+    assert {describe(around, np.random.default_rng(i)).relations for i in range(100)} == {()}
+
+
+def test_different_things_are_never_described_alike() -> None:
+    for scene, caption in described(False):
+        facts: dict[object, object] = {}
+        for stated, real in zip(caption.things, scene.things, strict=True):
+            key = (stated.size, stated.colour, stated.material, stated.shape)
+            assert facts.setdefault(key, real.attributes) == real.attributes
+
+
+def test_every_relation_has_several_phrasings() -> None:
+    heard = texts(Scene((thing(x=-1.2), thing("cube", x=1.2))), 1_000, full=True)
+    shapes = {re.sub(r"small|tiny|red|rubber|matte", "", text) for text in heard}
+    assert len(shapes) > 20
+    for phrase in ("left of", "to the left of", "on the left of", "to the right of"):
+        assert any(phrase in text for text in heard)
+
+
+def test_a_relation_that_the_motion_would_break_is_not_stated() -> None:
+    crossing = Scene((thing(x=-0.8, motion="right", speed=1.0), thing("cube", z=1.0, x=0.3)))
+    assert relation(*crossing.things) != relation(*crossing.at(CLIP_SECONDS).things)
+    assert {describe(crossing, np.random.default_rng(i)).relations for i in range(100)} == {()}
+
+
+def test_captions_are_short_and_within_the_vocabulary() -> None:
+    known, used = set(vocabulary()), set()
+    for moving in (False, True):
+        for _, caption in described(moving):
+            words = caption.text.replace(",", " ,").split()
+            assert len(caption.text.split()) <= 34
+            used |= set(words)
+    assert used <= known
+    assert known - used <= {"an", "which", ".", "three"}, "three identical things are rare"
+
+
+def test_captions_depend_on_the_generator_alone() -> None:
+    scene = sample_scene(1, 4, count=3)
+    assert describe(scene, np.random.default_rng(3)) == describe(scene, np.random.default_rng(3))
+    assert len(texts(scene, 50)) > 30
+
+
+def test_held_out_pairs_are_described_like_others() -> None:
+    for index in range(200):
+        scene = sample_scene(3, index, combinations="held_out")
+        caption = describe(scene, np.random.default_rng(index))
+        assert any((t.colour, t.shape) in HELD_OUT for t in caption.things)

@@ -1,0 +1,268 @@
+"""Scenes: exact labels, streams that keep held-out pairs apart, and pictures that show what the labels say."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distill.data.scenes import render, render_clip
+from distill.data.world import (
+    COLOURS,
+    GROUND_HALF_DEPTH,
+    GROUND_HALF_WIDTH,
+    HELD_OUT,
+    MATERIALS,
+    MOTIONS,
+    RELATION_MARGIN,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    holds,
+    relation,
+    sample_scene,
+)
+
+STREAM = [sample_scene(0, i) for i in range(3_000)]
+HELD = [sample_scene(0, i, combinations="held_out") for i in range(1_000)]
+GROUND = Scene((Thing("cube", "red", "small", "rubber", x=500.0, z=0.0),))
+"""A scene whose only thing is far out of the picture."""
+
+
+def pairs(scene: Scene) -> set[tuple[str, str]]:
+    return {(thing.colour, thing.shape) for thing in scene.things}
+
+
+def difference(scene: Scene, size: int = 64, **options: int) -> Tensor:
+    """Where a scene's picture differs from the bare ground: (size, size) bool."""
+    images = render([scene, GROUND], size, **options).int()  # type: ignore[arg-type]
+    return (images[0] - images[1]).abs().amax(0) > 40
+
+
+def centre(mask: Tensor) -> tuple[float, float]:
+    """Mean row and column of a mask."""
+    rows, columns = torch.nonzero(mask, as_tuple=True)
+    return float(rows.float().mean()), float(columns.float().mean())
+
+
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+def test_training_never_shows_a_held_out_pair() -> None:
+    assert not any(pairs(scene) & HELD_OUT for scene in STREAM)
+
+
+def test_the_held_out_stream_always_shows_exactly_one() -> None:
+    for scene in HELD:
+        assert sum((thing.colour, thing.shape) in HELD_OUT for thing in scene.things) == 1
+
+
+def test_each_attribute_of_a_held_out_pair_is_seen_in_training() -> None:
+    seen = set().union(*(pairs(scene) for scene in STREAM))
+    assert seen == set(product(COLOURS, SHAPES)) - HELD_OUT
+
+
+def test_a_scene_depends_on_seed_and_index_alone() -> None:
+    assert sample_scene(4, 9) == sample_scene(4, 9)
+    assert len({sample_scene(seed, index) for seed in range(3) for index in range(50)}) == 150
+
+
+def test_all_kinds_of_things_in_all_counts() -> None:
+    things = [thing for scene in STREAM for thing in scene.things]
+    for values, name in ((SHAPES, "shape"), (COLOURS, "colour"), (SIZES, "size"), (MATERIALS, "material")):
+        assert {getattr(thing, name) for thing in things} == set(values)
+    counts = np.bincount([len(scene.things) for scene in STREAM], minlength=4) / len(STREAM)
+    np.testing.assert_allclose(counts, (0, 0.3, 0.4, 0.3), atol=0.03)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_count_can_be_chosen(count: int) -> None:
+    assert {len(sample_scene(1, i, count=count).things) for i in range(50)} == {count}
+
+
+def test_things_stand_apart_and_inside_the_ground() -> None:
+    for scene in STREAM + HELD:
+        for thing in scene.things:
+            assert abs(thing.x) < GROUND_HALF_WIDTH
+            assert abs(thing.z) < GROUND_HALF_DEPTH
+        for a, b in combinations(scene.things, 2):
+            assert math.hypot(a.x - b.x, a.z - b.z) > a.radius + b.radius
+
+
+def test_an_unknown_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match="combinations is 'test'; use 'trained' or 'held_out'"):
+        sample_scene(0, 0, combinations="test")
+
+
+# --- relations -------------------------------------------------------------------------------------------------
+
+
+def test_every_two_things_are_clearly_related_and_the_relation_holds() -> None:
+    opposite = {"left": "right", "right": "left", "front": "behind", "behind": "front"}
+    for scene in STREAM:
+        for a, b in combinations(scene.things, 2):
+            name = relation(a, b)
+            assert name is not None
+            assert holds(name, a, b)
+            assert relation(b, a) == opposite[name]
+            assert not holds(opposite[name], a, b)
+
+
+def test_things_that_are_close_on_both_axes_are_not_related() -> None:
+    here = Thing("cube", "red", "small", "rubber", 0.0, 0.0)
+    near = Thing("cube", "red", "small", "rubber", RELATION_MARGIN - 0.01, 0.1 - RELATION_MARGIN)
+    assert relation(here, near) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "z"), [("left", -1.2, 0.0), ("right", 1.2, 0.0), ("front", 0.0, -1.2), ("behind", 0.0, 1.2)]
+)
+def test_relations_are_those_of_the_picture(name: str, x: float, z: float) -> None:
+    """Left is left in the picture; what is in front is lower in it."""
+    thing, other = (Thing("cube", "red", "small", "rubber", *at) for at in ((x, z), (0.0, 0.0)))
+    assert relation(thing, other) == name
+    (row, column), (other_row, other_column) = (centre(difference(Scene((t,)))) for t in (thing, other))
+    seen = {"left": column < other_column, "right": column > other_column, "front": row > other_row}
+    assert seen.get(name, row < other_row)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 65])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_any_size(size: int, samples: int) -> None:
+    images = render(STREAM[:3], size, samples=samples)
+    assert images.shape == (3, 3, size, size)
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous()
+
+
+def test_pictures_of_all_sizes_show_the_same() -> None:
+    small = render(STREAM[:8], 32, samples=4).float()
+    large = torch.nn.functional.avg_pool2d(render(STREAM[:8], 128, samples=1).float(), 4)
+    assert (small - large).abs().mean() < 1.5
+
+
+def test_rendering_is_deterministic_and_free_of_its_batch() -> None:
+    together = render(STREAM[:40])
+    assert torch.equal(together, render(STREAM[:40]))
+    assert torch.equal(together[7], render([STREAM[7]])[0])
+    assert torch.equal(together[20:30], render(STREAM[20:30]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("material", MATERIALS)
+def test_things_have_their_colour(shape: str, colour: str, material: str) -> None:
+    scene = Scene((Thing(shape, colour, "large", material, 0.0, 0.0, yaw=0.4),))
+    red, green, blue = render([scene])[0][:, difference(scene)].float().mean(1).tolist()
+    assert {
+        "gray": max(red, green, blue) - min(red, green, blue) < 20,
+        "red": red > 1.4 * max(green, blue),
+        "blue": blue > 1.3 * max(red, green),
+        "green": green > 1.3 * max(red, blue),
+        "brown": red > 1.1 * green > 1.2 * blue,
+        "purple": blue > red > 1.2 * green,
+        "cyan": min(green, blue) > 1.2 * red,
+        "yellow": min(red, green) > 1.4 * blue and red < 1.3 * green,
+    }[colour], (red, green, blue)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_large_things_look_larger(shape: str) -> None:
+    small, large = (int(difference(Scene((Thing(shape, "red", s, "rubber", 0, 0),))).sum()) for s in SIZES)
+    assert large > 2 * small
+
+
+def test_shapes_fill_their_boxes_differently() -> None:
+    """A sphere's disc, a cube's hexagon and a cylinder's rounded column: three different silhouettes."""
+    masks = [difference(Scene((Thing(shape, "red", "large", "rubber", 0, 0, yaw=0.7),))) for shape in SHAPES]
+    for a, b in combinations(masks, 2):
+        assert (a ^ b).sum() > 40
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_metal_can_be_told_from_rubber(shape: str, size: str) -> None:
+    scenes = [Scene((Thing(shape, "red", size, material, 0, 0, yaw=0.4),)) for material in MATERIALS]
+    rubber, metal = render(scenes).float()
+    mask = difference(scenes[0])
+    assert (rubber - metal).abs().mean(0)[mask].mean() > 8
+
+
+def test_a_nearer_thing_hides_a_farther_one_in_either_order() -> None:
+    front, back = (
+        Thing("cube", "red", "large", "rubber", 0, -1.2),
+        Thing("sphere", "green", "small", "rubber", 0, 1.0),
+    )
+    alone = render([Scene((front,))])[0]
+    for things in ((front, back), (back, front)):
+        image = render([Scene(things)])[0]
+        middle = image[:, 34:48, 28:36].int() - alone[:, 34:48, 28:36].int()
+        assert middle.abs().max() <= 6
+
+
+def test_things_cast_a_soft_shadow_away_from_the_light() -> None:
+    scene = Scene((Thing("sphere", "red", "large", "rubber", 0, 0),))
+    images = render([scene, GROUND]).float()
+    darker = (images[1] - images[0]).mean(0)
+    grey = (images[0].amax(0) - images[0].amin(0)) < 20
+    left, right = (darker * grey)[:, :28], (darker * grey)[:, 36:]
+    assert right.max() > 30
+    assert right.sum() > 3 * left.sum(), "the light stands on the left"
+    assert len(set(right[right > 5].int().tolist())) > 15, "a penumbra has many levels"
+
+
+def test_a_scene_without_visible_things_is_bare_ground() -> None:
+    image = render([GROUND])[0].int()
+    assert (image.amax(0) - image.amin(0)).max() < 30
+    assert (image[:, 1:] - image[:, :-1]).abs().max() < 10
+
+
+def test_nothing_to_render_is_refused() -> None:
+    with pytest.raises(ValueError, match="give at least one"):
+        render([])
+    with pytest.raises(ValueError, match="size is 0"):
+        render(STREAM[:1], 0)
+
+
+# --- motion ----------------------------------------------------------------------------------------------------
+
+
+def test_exactly_one_thing_moves_in_a_moving_scene() -> None:
+    moving = [sample_scene(0, i, moving=True) for i in range(1_000)]
+    for scene in moving:
+        movers = [thing for thing in scene.things if thing.motion != "still"]
+        assert len(movers) == 1
+        assert 0.5 <= movers[0].speed <= 1.0
+    assert {thing.motion for scene in moving for thing in scene.things} == set(MOTIONS)
+    assert all(thing.motion == "still" for scene in STREAM for thing in scene.things)
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_motions_go_their_way_in_the_picture(motion: str) -> None:
+    scene = Scene((Thing("sphere", "red", "small", "rubber", 0, 0, motion=motion, speed=0.8),))
+    first, last = (centre(difference(moment)) for moment in (scene.at(0), scene.at(1)))
+    down, right = last[0] - first[0], last[1] - first[1]
+    assert {
+        "still": (down, right) == (0, 0),
+        "left": right < -4 and abs(down) < 1,
+        "right": right > 4 and abs(down) < 1,
+        "towards": down > 3 and abs(right) < 1,
+        "away": down < -3 and abs(right) < 1,
+    }[motion]
+
+
+def test_clips_are_pictures_of_moments() -> None:
+    scene = sample_scene(0, 3, moving=True)
+    clip = render_clip(scene, frames=5, size=32, fps=4.0)
+    assert clip.shape == (3, 5, 32, 32)
+    for frame in range(5):
+        assert torch.equal(clip[:, frame], render([scene.at(frame / 4)], 32)[0])
+    assert not torch.equal(clip[:, 0], clip[:, 4])
