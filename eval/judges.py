@@ -4,6 +4,8 @@
     scenes-reward/    CLIPModel tuned on preferences: the reward
     scenes-labeller/  the labeller of compositional accuracy
     digits-cnn/       the classifier of digits
+
+A judge's digest enters the protocol of every score that it gave.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill.data.captions import Caption, describe
-from distill.data.world import sample_scene
+from distill.data.world import Scene, sample_scene
 from eval.errors import EvalError, nearest
 
 SUITES = Path(__file__).parent / "suites"
@@ -83,6 +83,7 @@ class Prompt:
     seed: int
     caption: Caption | None = None
     label: int | None = None
+    scene: Scene | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -133,7 +134,7 @@ def _scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:
     count = draw.things[index % len(draw.things)] if draw.things else None
     scene = sample_scene(draw.seed, index, count=count, combinations=draw.combinations)
     caption = describe(scene, np.random.default_rng((draw.seed, index, 1)))
-    return Prompt(f"scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption=caption)
+    return Prompt(f"scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption, scene=scene)
 
 
 def _digit_prompt(draw: Draw, index: int, seed: int) -> Prompt:

@@ -83,8 +83,8 @@ def _rule(columns: int) -> str:
 
 def _legend() -> str:
     return (
-        "Brackets hold 95 % intervals: Wilson for accuracies, a studentised bootstrap over prompts for rewards, influence "
-        "functions for FID and KID (reference held fixed), order statistics for times. ↑ higher is better, ↓ lower is "
+        "Brackets hold 95 % intervals: Wilson for accuracies, a studentised bootstrap over prompts for rewards, "
+        "influence functions for FID and KID (reference held fixed), order statistics for times. ↑ higher is better, ↓ lower is "
         "better. † this reward was trained on. ‡ fewer samples than the metric needs to be reported."
     )
 
@@ -98,7 +98,8 @@ def _cell(store: Store, run: Run | None, column: Column) -> str:
     if result["low"] is not None:
         text += f" [{result['low']:.{digits}f}, {result['high']:.{digits}f}]"
     text += " ↑" if result["direction"] == "higher" else " ↓"
-    return text + " †" * result["trained_on"] + " ‡" * (result["n"] < result["smallest_n"])
+    text += " †" if result["trained_on"] else ""
+    return text + (" ‡" if result["n"] < result["smallest_n"] else "")
 
 
 def difference(store: Store, a: Run, b: Run, metric: str) -> Difference:
@@ -184,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m eval.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: %(default)s")
-    parser.add_argument("--tables", type=Path, default=Path(__file__).parent / "tables.yaml", help="default: eval/tables.yaml")
+    parser.add_argument(
+        "--tables", type=Path, default=Path(__file__).parent / "tables.yaml", help="default: eval/tables.yaml"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:

@@ -2,6 +2,7 @@
 
     python -m eval.run bundles/scenes-sdxl --suite scenes-trained --steps 4
     python -m eval.run http://127.0.0.1:3000 --suite scenes-held-out --samples 200
+    python -m eval.run renders --suite scenes-trained        # what the judges say of the truth
 
 Pictures are cached by content, so a run that was interrupted goes on where it stopped when it is started again. Exit
 codes: 0 scored and stored, 3 the measurement could not be made.
@@ -110,7 +111,9 @@ def code_revision() -> tuple[str, bool]:
 
     def git(*words: str) -> str:
         root = Path(__file__).parent
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
@@ -156,13 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"suites: {', '.join(suite_names())}",
     )
-    parser.add_argument("source", help="a bundle's folder, a service's URL, or a folder of PNG files")
+    parser.add_argument("source", help="a bundle's folder, a service's URL, a folder of PNG files, or renders")
     parser.add_argument("--suite", required=True, help="a name from eval/suites or the path of a YAML file")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the bundle's own")
     parser.add_argument("--samples", type=int, help="only the first N samples of the suite")
     parser.add_argument("--label", help="the row of the result table; default: the source's name and steps")
     parser.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: %(default)s")
-    parser.add_argument("--judges", type=Path, default=judges.DEFAULT_FOLDER, help="folder of judges; default: %(default)s")
+    parser.add_argument(
+        "--judges", type=Path, default=judges.DEFAULT_FOLDER, help="folder of judges; default: %(default)s"
+    )
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="generations; default: %(default)s")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write every picture there as PNG")
     parser.add_argument("--threads", type=int, help="threads of the runtime; default: all cores")

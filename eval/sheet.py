@@ -26,13 +26,13 @@ _HEAD = 26
 _FONT_SIZE = 13
 
 
-def contact_sheet(
-    columns: dict[str, NDArray[np.uint8]], prompts: Sequence[Prompt], *, scale: int = 2
-) -> Image.Image:
+def contact_sheet(columns: dict[str, NDArray[np.uint8]], prompts: Sequence[Prompt], *, scale: int = 2) -> Image.Image:
     """Rows are prompts with their text at the left, columns are sources. columns: label -> (B, 3, H, W) uint8."""
     shapes = {images.shape for images in columns.values()}
     if len(shapes) != 1 or len(prompts) != next(iter(shapes))[0]:
-        raise EvalError(f"pictures of shapes {sorted(shapes)} for {len(prompts)} prompts; give equal ones, one per prompt")
+        raise EvalError(
+            f"pictures of shapes {sorted(shapes)} for {len(prompts)} prompts; give equal ones, one per prompt"
+        )
     _, _, height, width = shapes.pop()
     cell_w, cell_h = width * scale + _GAP, height * scale + _GAP
     sheet = Image.new("RGB", (_TEXT_WIDTH + len(columns) * cell_w, _HEAD + len(prompts) * cell_h), "white")

@@ -55,12 +55,14 @@ class Source(Protocol):
 
 
 def open_source(where: str, *, steps: int | None = None, threads: int | None = None, batch: int = 32) -> Source:
-    """A bundle's folder, an http(s) URL (with #model for one model of several) or a folder of pictures.
+    """A bundle's folder, an http(s) URL (with #model for one model of several), a folder of pictures, or "renders".
 
     Raises EvalError when there is nothing there or it cannot make that number of steps.
     """
     if where.startswith(("http://", "https://")):
         return ServiceSource(where, steps)
+    if where == "renders":
+        return RenderSource()
     path = Path(where)
     if not path.is_dir():
         raise EvalError(f"{where} is no folder and no URL; give a bundle such as bundles/scenes-sdxl")
@@ -116,7 +118,9 @@ def _known_steps(bundle: Bundle, steps: int | None) -> int:
     manifest = bundle.manifest
     wanted = manifest.default_steps if steps is None else steps
     if wanted not in manifest.samplers:
-        raise EvalError(f"--steps is {wanted} but {bundle.path} samples in {sorted(manifest.samplers)}; use one of these")
+        raise EvalError(
+            f"--steps is {wanted} but {bundle.path} samples in {sorted(manifest.samplers)}; use one of these"
+        )
     return wanted
 
 
@@ -126,12 +130,24 @@ class ServiceSource:
     def __init__(self, url: str, steps: int | None = None) -> None:
         self._url, _, self._model = url.partition("#")
         self._steps = steps
-        models = self._request("/v1/models")["data"]
-        if self._model and self._model not in [model["id"] for model in models]:
-            raise EvalError(f"{self._url} serves {[model['id'] for model in models]}, not {self._model!r}; use one of these")
-        self.name = f"{self._model or self._url}, {steps or 'default'} steps"
-        self.identity = None
-        self.about = {"kind": "service", "url": self._url, "steps": steps, "model": self._model, "models": models}
+        models = {model["id"]: model for model in self._request("/v1/models")["data"]}
+        if self._model and self._model not in models:
+            raise EvalError(f"{self._url} serves {sorted(models)}, not {self._model!r}; use one of these")
+        model = models[self._model] if self._model else next(iter(models.values()))
+        able = model.get("capabilities", {})
+        if steps is not None and steps not in able.get("steps", [steps]):
+            raise EvalError(f"--steps is {steps} but {model['id']} samples in {able['steps']}; use one of these")
+        taken = steps or able.get("default_steps")
+        self.name = f"{model['id']} at {self._url}, {taken or 'default'} steps"
+        self.about = {"kind": "service", "url": self._url, "model": model}
+        # Only a service that says which weights it runs makes pictures that may be reused.
+        known = {
+            "digest": model.get("digest"),
+            "steps": taken,
+            "runtime": able.get("runtime"),
+            "device": able.get("device"),
+        }
+        self.identity: dict[str, Any] | None = {"kind": "service", **known} if all(known.values()) else None
 
     def make(self, prompts: Sequence[Prompt]) -> Images:
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
@@ -143,24 +159,27 @@ class ServiceSource:
         body |= {"steps": self._steps} if self._steps else {}
         answer = self._request("/v1/images/generations", body)
         try:
-            return _pixels(base64.b64decode(answer["data"][0]["b64_json"], validate=True), f"the picture of {prompt.id}")
+            return _pixels(
+                base64.b64decode(answer["data"][0]["b64_json"], validate=True), f"the picture of {prompt.id}"
+            )
         except (KeyError, IndexError, TypeError, binascii.Error) as error:
             raise EvalError(f"{self._url} answered without a picture for {prompt.id} ({error!r})") from None
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer; a busy or restarting service is asked again with growing pauses."""
+        """The JSON answer; a busy service, or one that restarts in the middle, is asked again with growing pauses."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url.rstrip("/") + path, data, {"content-type": "application/json"})
         for attempt in range(_ATTEMPTS):
+            last = attempt == _ATTEMPTS - 1
             try:
                 with urllib.request.urlopen(request, timeout=300) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
                 detail = error.read(2000).decode(errors="replace")
-                if error.code not in (429, 503) or attempt == _ATTEMPTS - 1:
+                if error.code not in (429, 503) or last:
                     raise EvalError(f"{self._url}{path} answered {error.code}: {detail}") from None
             except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-                if attempt == _ATTEMPTS - 1:
+                if last or body is None:
                     raise EvalError(f"{self._url}{path} does not answer ({error}); start it with: make serve") from None
             time.sleep(0.5 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
@@ -185,6 +204,31 @@ class FolderSource:
         if len(shapes) > 1:
             raise EvalError(f"{self._path} holds pictures of several sizes {sorted(shapes)}; make them of one size")
         return np.stack(pictures)
+
+
+class RenderSource:
+    """The truth: a ray-traced picture of every prompt's own scene.
+
+    Its scores say what the judges can see: the labeller's own accuracy, the FID of a perfect model at this number of
+    samples, the reward of right pictures.
+    """
+
+    name = "renders"
+
+    def __init__(self, size: int = 64) -> None:
+        from distill.data.cache import WORLD_VERSION
+
+        self._size = size
+        self.identity: dict[str, Any] | None = {"kind": "renders", "size": size, "version": WORLD_VERSION}
+        self.about: dict[str, Any] = {}
+
+    def make(self, prompts: Sequence[Prompt]) -> Images:
+        from distill.data.scenes import render
+
+        scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
+        if len(scenes) != len(prompts):
+            raise EvalError("prompts without scenes cannot be rendered; use a suite of world scenes")
+        return np.asarray(render(scenes, self._size).numpy())
 
 
 def file_name(prompt: Prompt) -> str:
@@ -238,8 +282,8 @@ def _make(source: Source, prompts: Sequence[Prompt]) -> Samples:
 
 
 def _key(identity: dict[str, Any], prompts: Sequence[Prompt]) -> str:
-    """sha256 over what decides the pictures: the source and each sample's text, label and seed."""
-    asked = [(prompt.text, prompt.label, prompt.seed) for prompt in prompts]
+    """sha256 over what decides the pictures: the source and each sample's id, text, label and seed."""
+    asked = [(prompt.id, prompt.text, prompt.label, prompt.seed) for prompt in prompts]
     return hashlib.sha256(json.dumps([identity, asked], sort_keys=True).encode()).hexdigest()
 
 

@@ -7,6 +7,7 @@ where the metric is a mean, the sample's influence where it is not (FID, KID). P
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -103,7 +104,9 @@ class Metric(ABC):
     def compute(self) -> Score:
         """The score of everything seen. Raises EvalError when nothing was seen."""
 
-    def _score(self, interval: Interval, per_sample: NDArray[np.float64], protocol: dict[str, Any], **more: Any) -> Score:
+    def _score(
+        self, interval: Interval, per_sample: NDArray[np.float64], protocol: dict[str, Any], **more: Any
+    ) -> Score:
         return Score(
             metric=self.name,
             interval=interval,
@@ -130,7 +133,9 @@ class PerSampleMetric(Metric):
 
     def _add(self, values: NDArray[Any], samples: Samples) -> None:
         if len(values) != len(samples.prompts):
-            raise EvalError(f"{self.name} gave {len(values)} values for {len(samples.prompts)} samples; one each is needed")
+            raise EvalError(
+                f"{self.name} gave {len(values)} values for {len(samples.prompts)} samples; one each is needed"
+            )
         self._values.extend(float(v) for v in values)
         self._clusters.extend(prompt.id for prompt in samples.prompts)
 
@@ -151,7 +156,11 @@ def registered() -> tuple[str, ...]:
 
 
 def create(name: str, **options: Any) -> Metric:
-    """A fresh metric. Raises EvalError for an unknown name."""
+    """A fresh metric. Raises EvalError for an unknown name or option."""
     if name not in _FACTORIES:
         raise EvalError(f"metric {name!r} is unknown; {nearest(name, _FACTORIES)}")
+    known = inspect.signature(_FACTORIES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise EvalError(f"option {option!r} of metric {name!r} is unknown; {nearest(option, known)}")
     return _FACTORIES[name](**options)

@@ -28,12 +28,23 @@ _AXES = {"left": ("x", -1), "right": ("x", 1), "front": ("z", -1), "behind": ("z
 class Detected(Protocol):
     """A thing that a labeller saw; x points right and z away from the camera, in units of the world."""
 
-    shape: str
-    colour: str
-    size: str
-    material: str
-    x: float
-    z: float
+    @property
+    def shape(self) -> str: ...
+
+    @property
+    def colour(self) -> str: ...
+
+    @property
+    def size(self) -> str: ...
+
+    @property
+    def material(self) -> str: ...
+
+    @property
+    def x(self) -> float: ...
+
+    @property
+    def z(self) -> float: ...
 
 
 class Labeller(Protocol):

@@ -60,7 +60,7 @@ class ClipImageTower(nn.Module):
         if pixels.shape[-2:] != (size, size):
             pixels = nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         pooled = self.model.vision_model(pixel_values=(pixels - self.mean) / self.std).pooler_output  # type: ignore
-        return self.model.visual_projection(pooled)  # type: ignore[no-any-return, operator]
+        return self.model.visual_projection(pooled)  # type: ignore[operator, no-any-return]
 
 
 @register_extractor("scenes-clip")
@@ -102,7 +102,7 @@ def _through_fidelity(key: str, module: nn.Module) -> nn.Module:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
     from torch_fidelity.utils import create_feature_extractor
 
-    class Registered(FeatureExtractorBase):  # type: ignore[misc]
+    class Registered(FeatureExtractorBase):
         def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
             super().__init__(name, features_list)
             self.module = module
@@ -141,7 +141,9 @@ class Reference:
 
     def __init__(self, seed: int, count: int) -> None:
         if seed not in EVALUATION_SEEDS:
-            raise EvalError(f"reference_seed is {seed}, which may be a training stream; use one from {EVALUATION_SEEDS}")
+            raise EvalError(
+                f"reference_seed is {seed}, which may be a training stream; use one from {EVALUATION_SEEDS}"
+            )
         self.seed, self.count = seed, count
 
     @property
@@ -181,7 +183,9 @@ class _Distance(Metric):
     def update(self, samples: Samples) -> None:
         height, width = samples.images.shape[-2:]
         if height != width or self._size not in (None, height):
-            raise EvalError(f"{self.name} got pictures of {width}×{height} after {self._size}; give squares of one size")
+            raise EvalError(
+                f"{self.name} got pictures of {width}×{height} after {self._size}; give squares of one size"
+            )
         self._size = height
         self._parts.append(self._extractor(samples.images))
         self._clusters += [prompt.id for prompt in samples.prompts]

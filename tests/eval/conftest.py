@@ -31,4 +31,3 @@ def judges_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def scene_prompts() -> Callable[[int], list[Prompt]]:
     return lambda count: build_prompts(load_suite("scenes-trained"), count)
-

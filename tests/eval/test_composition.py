@@ -42,7 +42,9 @@ def test_a_right_picture_is_right_in_any_order() -> None:
     assert compare([CUBE, BALL], FACTS)
 
 
-@pytest.mark.parametrize("field,value", [("colour", "green"), ("shape", "cylinder"), ("size", "small"), ("material", "rubber")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("colour", "green"), ("shape", "cylinder"), ("size", "small"), ("material", "rubber")]
+)
 def test_one_wrong_attribute_makes_it_wrong(field: str, value: str) -> None:
     verdict = judge([replace(BALL, **{field: value}), CUBE], FACTS)
     assert not verdict.right and verdict.count
@@ -68,7 +70,7 @@ def test_swapped_colours_are_not_excused_by_another_matching() -> None:
     assert not compare([replace(BALL, colour="blue"), replace(CUBE, colour="red")], FACTS)
 
 
-@pytest.mark.parametrize("name,right", [("left", True), ("right", False), ("front", False), ("behind", True)])
+@pytest.mark.parametrize(("name", "right"), [("left", True), ("right", False), ("front", False), ("behind", True)])
 def test_every_relation_has_its_axis_and_sign(name: str, right: bool) -> None:
     assert compare([BALL, CUBE], replace(FACTS, relations=((0, name, 1),))) is right
 

@@ -131,7 +131,9 @@ def test_distance_does_not_depend_on_the_batch_size(extractor: Extractor, name: 
 
 def test_fid_of_the_reference_itself_is_zero(extractor: Extractor) -> None:
     images = textures(60, 2)
-    assert fill(create("fid", extractor=extractor, reference=Fixed(images)), images, 60).value == pytest.approx(0, abs=1e-4)
+    assert fill(create("fid", extractor=extractor, reference=Fixed(images)), images, 60).value == pytest.approx(
+        0, abs=1e-4
+    )
 
 
 def test_reference_is_held_out_and_kept_on_disk(

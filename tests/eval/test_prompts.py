@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_shipped_suites_load_and_repeat_themselves(name: str) -> None:
 def test_no_two_suites_share_a_stream() -> None:
     suites = [load_suite(name) for name in suite_names()]
     starts = sorted((suite.prompts.seed, suite.prompts.count * suite.seeds_per_prompt) for suite in suites)
-    assert all(a + n <= b for (a, n), (b, _) in zip(starts, starts[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(starts))
 
 
 def test_captions_show_the_combinations_that_the_suite_names() -> None:

@@ -162,7 +162,8 @@ def test_interval_of_a_paired_frechet_difference_covers() -> None:
     trials, covered = 150, 0
     for _ in range(trials):
         noise = rng.normal(size=(600, 3))
-        a, b = noise + [0.5, 0, 0], 0.8 * noise + 0.6 * rng.normal(size=(600, 3)) + [0.3, 0, 0]
+        a = noise + np.array([0.5, 0, 0])
+        b = 0.8 * noise + 0.6 * rng.normal(size=(600, 3)) + np.array([0.3, 0, 0])
         values, influences = [], []
         for features in (a, b):
             values.append(frechet(features.mean(axis=0), np.cov(features.T), np.zeros(3), np.eye(3)))

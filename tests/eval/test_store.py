@@ -35,7 +35,9 @@ INFO = RunInfo(
 
 def a_score(values: list[float]) -> Score:
     array = np.array(values)
-    return Score("reward", bootstrap_mean(array), len(array), "higher", "", 1, {"weights": "0"}, array, parts={"a": 0.5})
+    return Score(
+        "reward", bootstrap_mean(array), len(array), "higher", "", 1, {"weights": "0"}, array, parts={"a": 0.5}
+    )
 
 
 @pytest.fixture
