@@ -54,8 +54,13 @@ def affine_step(latents: Tensor, output: Tensor, coefficients: Tensor, noise: Te
     return u * x0 + y * latents + w * noise, x0
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance in the standard form u + scale·(c − u)."""
+def guided(output: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance in the standard form u + scale·(c − u). output: (2B, …), conditional rows first.
+
+    Slices, because the exporter cannot fold a chunk along a free batch.
+    """
+    batch = output.shape[0] // 2
+    conditional, unconditional = output[:batch], output[batch:]
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -93,8 +98,7 @@ class SdxlStep(nn.Module):
             return_dict=False,
         )[0]
         if self.guidance_scale != 1.0:
-            conditional, unconditional = output.chunk(2)
-            output = guided(conditional, unconditional, self.guidance_scale)
+            output = guided(output, self.guidance_scale)
         return affine_step(latents, output, coefficients, noise)
 
     def _time_ids(self, latents: Tensor, like: Tensor) -> Tensor:
@@ -126,8 +130,7 @@ class SitStep(nn.Module):
             labels = torch.cat((labels, torch.full_like(labels, self.num_classes)))
         output = self.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0]
         if self.guidance_scale != 1.0:
-            conditional, unconditional = output.chunk(2)
-            output = guided(conditional, unconditional, self.guidance_scale)
+            output = guided(output, self.guidance_scale)
         return affine_step(latents, output, coefficients, noise)
 
 
@@ -215,7 +218,7 @@ def text_graph(module: nn.Module, manifest: Manifest, *, vocabulary: int, begin:
 def step_graph(
     module: nn.Module, manifest: Manifest, conditioning: Mapping[str, tuple[int, ...]], num_classes: int = 0
 ) -> GraphSpec:
-    """One sampler step. conditioning: shapes without the batch, such as {"prompt_embeds": (16, 64), "pooled": (32,)}."""
+    """One sampler step of a bundle. conditioning: input shapes without the batch, in the order of ``forward``."""
     shape = _latent_dims(manifest)
     tables = [sampler.table() for _, sampler in sorted(manifest.samplers.items())]
     timesteps = torch.cat([torch.from_numpy(table.timesteps) for table in tables])

@@ -28,6 +28,9 @@ float32. ONNX Runtime is as fast with 20, 22 and 23."""
 HALF_BYTES = 4096
 """Initialisers of at least this many bytes in float32 are stored as float16."""
 
+MAX_FILE_BYTES = 2**31 - 1
+"""Protobuf's limit."""
+
 EXAMPLE_BATCH = 2
 """torch.export bakes an example size of 0 or 1 into the graph."""
 
@@ -41,6 +44,12 @@ def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
 
     Raises ExportError when the exporter fails, fixes the batch or a weight is not exact in float16.
     """
+    weight_bytes = sum(parameter.numel() * 2 for parameter in spec.module.parameters())
+    if weight_bytes > MAX_FILE_BYTES:
+        raise ExportError(
+            f"graph {spec.name!r} has {weight_bytes / 1e9:.1f} GB of weights and one ONNX file holds 2 GB; "
+            "this exporter does not split files yet, so export a smaller student"
+        )
     model = trace(spec, opset)
     clean(model)
     name_dims(model, spec)
@@ -72,7 +81,7 @@ def trace(spec: GraphSpec, opset: int) -> onnx.ModelProto:
                 optimize=True,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+    except RuntimeError as error:  # the base of the errors of tracing, translation and optimisation
         raise ExportError(f"graph {spec.name!r} does not export at opset {opset}: {error}") from error
     assert program is not None
     return program.model_proto
@@ -134,10 +143,14 @@ def name_dims(model: onnx.ModelProto, spec: GraphSpec) -> None:
         for axis, (side, want) in enumerate(zip(sides, wanted, strict=True)):
             if isinstance(want, str):
                 if not side.dim_param:
-                    raise ExportError(f"{spec.name}.{name} axis {axis} was fixed at {side.dim_value}; expected {want!r}")
+                    raise ExportError(
+                        f"{spec.name}.{name} axis {axis} was fixed at {side.dim_value}; expected {want!r}"
+                    )
                 side.dim_param = want
             elif side.dim_value != want:
-                raise ExportError(f"{spec.name}.{name} axis {axis} is {side.dim_value or side.dim_param}; expected {want}")
+                raise ExportError(
+                    f"{spec.name}.{name} axis {axis} is {side.dim_value or side.dim_param}; expected {want}"
+                )
 
 
 def store_half(model: onnx.ModelProto, parameters: set[str]) -> None:
@@ -167,9 +180,7 @@ def store_half(model: onnx.ModelProto, parameters: set[str]) -> None:
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
         casts.append(
-            onnx.helper.make_node(
-                "Cast", [tensor.name], [name], name=f"{name}.float32", to=onnx.TensorProto.FLOAT
-            )
+            onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.float32", to=onnx.TensorProto.FLOAT)
         )
     nodes = list(model.graph.node)
     del model.graph.node[:]

@@ -55,7 +55,8 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     """
     if reference.shape != found.shape or reference.dtype != found.dtype:
         raise ExportError(
-            f"the graph gave {found.dtype} {tuple(found.shape)} where torch gives {reference.dtype} {tuple(reference.shape)}"
+            f"the graph gave {found.dtype} {tuple(found.shape)} where torch gives "
+            f"{reference.dtype} {tuple(reference.shape)}"
         )
     a, b = reference.double().flatten(1), found.double().flatten(1)
     difference = torch.where(torch.isfinite(a - b), (a - b).abs(), math.inf)
@@ -72,7 +73,7 @@ def compare(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
 
 def worst(rows: list[dict[str, float]]) -> dict[str, float]:
     """The worst of each number over several comparisons; psnr_db is better when larger, the others when smaller."""
-    return {key: (min if key == "psnr_db" else max)(row[key] for row in rows if key in row) for row in rows for key in row}
+    return {key: (min if key == "psnr_db" else max)(row[key] for row in rows) for key in rows[0]}
 
 
 def gate(where: str, measured: Mapping[str, float]) -> None:

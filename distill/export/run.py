@@ -36,9 +36,9 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
             compile_graph(spec, drafts[name], opset)
             compiled[name] = parity.OnnxGraph(drafts[name])
             measured[name] = parity.check_graph(spec, compiled[name])
-            size = drafts[name].stat().st_size
+            size_mb, duration_s = drafts[name].stat().st_size / 1e6, time.perf_counter() - started
             numbers = ", ".join(f"{key} {value:.3g}" for key, value in measured[name].items())
-            say(f"[{index}/{len(specs)}] {name}: {size / 1e6:.1f} MB in {time.perf_counter() - started:.0f} s; {numbers}")
+            say(f"[{index}/{len(specs)}] {name}: {size_mb:.1f} MB in {duration_s:.0f} s; {numbers}")
         images = parity.check_pictures(specs, compiled, bundle.manifest)
         for steps, row in images.items():
             say(f"pictures in {steps} steps: at most {row['levels']:.0f} of 255 levels, {row['changed']:.2%} of values")

@@ -105,7 +105,7 @@ def test_folder_without_manifest_is_refused_with_an_example(tmp_path: Path) -> N
 )
 def test_manifest_that_contradicts_itself_is_refused(root: Path, changes: dict[str, Any], message: str) -> None:
     edit(root, **changes)
-    with pytest.raises(BundleError, match="bundle.json") as caught:
+    with pytest.raises(BundleError, match=r"bundle\.json") as caught:
         Bundle.open(root)
     assert message in str(caught.value)
 
@@ -123,7 +123,9 @@ def test_missing_engine_names_the_command_that_makes_it(root: Path) -> None:
 
 
 def test_engine_is_found_by_graph_and_runtime(root: Path, manifest: Manifest) -> None:
-    engine = Engine(graph="decoder", file=WEIGHTS, opset=22, inputs={"x": ("batch", 4)}, outputs={}, parity={"levels": 1})
+    engine = Engine(
+        graph="decoder", file=WEIGHTS, opset=22, inputs={"x": ("batch", 4)}, outputs={}, parity={"levels": 1}
+    )
     write_manifest(root, manifest.model_copy(update={"engines": (engine,)}))
     assert Bundle.open(root).engine("decoder") == engine
 
