@@ -1,0 +1,312 @@
+"""Recipes: one strict, typed YAML file per trained thing; the only place where hyper-parameters live.
+
+    recipe = load_recipe("recipes/scenes-amd.yaml", ["iterations=200", "student.learning_rate=1e-5"])
+
+Unknown keys are refused with the nearest spelling; values are checked against their types before any work begins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, the value and the way out."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimizer(Strict):
+    """AdamW with a linear warm-up; ``decay`` cosine ends at zero with the run."""
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="iterations")
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float = Field(10.0, gt=0, description="largest gradient norm of the role")
+
+
+class SceneData(Strict):
+    """The first ``count`` scenes of the stream ``seed``, and scenes beyond them for nothing: pictures are cached."""
+
+    seed: int = 1
+    count: int = Field(50_000, gt=0)
+    size: int = Field(64, ge=16)
+
+
+class Base(Strict):
+    """What every run has."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    seed: int = Field(0, ge=0)
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="samples per optimizer step; accumulate splits it")
+    accumulate: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps none")
+    log_every: int = Field(50, gt=0)
+    preview_every: int = Field(500, gt=0)
+    save_every: int = Field(500, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    output: str = Field(description="folder of the result; runs/<name> holds logs and checkpoints")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Base:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class VaeModel(Strict):
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 8
+
+
+class VaeRecipe(Base):
+    task: Literal["vae"]
+    data: SceneData = SceneData()
+    model: VaeModel
+    optimizer: Optimizer
+    kl_weight: float = Field(1e-6, ge=0)
+    gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
+
+
+class ClipTower(Strict):
+    width: int
+    layers: int
+    heads: int
+
+
+class ClipRecipe(Base):
+    """Contrastive training of transformers' CLIPModel; hard negatives are captions with one fact changed."""
+
+    task: Literal["clip"]
+    data: SceneData = SceneData()
+    vision: ClipTower
+    text: ClipTower
+    text_small: ClipTower
+    patch: int = 8
+    projection: int = 128
+    max_tokens: int = 40
+    hard_negatives: int = Field(1, ge=0, description="wrong captions per picture")
+    optimizer: Optimizer
+
+
+class RewardRecipe(Base):
+    """Preference fine-tuning of a CLIPModel: clean against degraded or wrongly captioned renders (Bradley–Terry)."""
+
+    task: Literal["reward"]
+    data: SceneData = SceneData()
+    clip: str
+    temperature: float = Field(4.0, gt=0, description="points of 100 × cosine that make odds of e")
+    optimizer: Optimizer
+
+
+class LabellerRecipe(Base):
+    task: Literal["labeller"]
+    data: SceneData = SceneData()
+    width: int = 48
+    optimizer: Optimizer
+
+
+class UnetModel(Strict):
+    block_out_channels: tuple[int, ...] = (64, 128)
+    attention: tuple[bool, ...] = (False, True)
+    layers_per_block: int = 1
+    transformer_layers: int = 1
+    head_dim: int = 16
+    norm_num_groups: int = 16
+
+
+class SdxlSource(Strict):
+    """The sdxl family from its parts (a fresh UNet) — for training a teacher."""
+
+    family: Literal["sdxl"]
+    vae: str
+    text_encoder: str
+    text_encoder_2: str
+    unet: UnetModel = UnetModel()
+
+
+class SitModel(Strict):
+    """A class-conditional DiT in pixel space on 8 × 8 digits."""
+
+    family: Literal["sit"]
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    patch: int = 2
+
+
+Source = Annotated[SdxlSource | SitModel, Field(discriminator="family")]
+
+
+class DiffusionRecipe(Base):
+    """Teacher training: denoising loss at uniform times, the condition dropped for classifier-free guidance."""
+
+    task: Literal["diffusion"]
+    model: Source
+    data: SceneData | Literal["digits"] = SceneData()
+    optimizer: Optimizer
+    drop_condition: float = Field(0.1, ge=0, lt=1)
+    guidance: float = Field(4.0, ge=1, description="standard form u + ω(c − u); the teacher's own sampler uses it")
+    sampling_steps: int = 50
+
+
+class Adaptation(Strict):
+    """AMD's dynamic score adaptation (Eq. 10, 12, 13): α, β = 1 ± s·ã. The paper's s is known at low confidence."""
+
+    strength: float = Field(0.1, ge=0, lt=1, description="s")
+
+
+class Sharpening(Strict):
+    """AMD's repulsive landscape sharpening: the fake loss is weighted by W(a) = exp(−a)."""
+
+    clipped: bool = Field(True, description="a clipped to [−1, 1]; the paper is silent")
+    normalised: bool = Field(True, description="W scaled to mean 1 in its group; the paper is silent")
+
+
+class Advantage(Strict):
+    """Where a comes from: a reward, normalised within groups of samples of one prompt (Eq. 12)."""
+
+    reward: str = Field(description="folder of the reward")
+    group: int = Field(4, ge=2)
+    sigma_floor: float = Field(0.0, ge=0, description="in points of the reward")
+
+
+class DistillRecipe(Base):
+    """Few-step distillation. No ``adaptation`` and no ``sharpening`` is DMD2 (without its GAN)."""
+
+    task: Literal["distill"]
+    teacher: str
+    data: SceneData | Literal["digits"] = SceneData()
+    steps: tuple[int, ...] = Field((4,), description="numbers of steps that the student learns; each grid is trailing")
+    step_weights: tuple[float, ...] | None = Field(None, description="how often each is trained; None: equally")
+    guidance: float = Field(4.0, ge=1, description="ω of the teacher, standard form u + ω(c − u)")
+    fake_per_student: int = Field(5, ge=1, description="fake updates per student update (DMD2's TTUR)")
+    fake_warmup: int = Field(0, ge=0, description="iterations before the student's first update")
+    time_range: tuple[float, float] = Field((0.02, 0.98), description="of re-noising, as fractions of the time axis")
+    student: Optimizer
+    fake: Optimizer
+    advantage: Advantage | None = None
+    adaptation: Adaptation | None = None
+    sharpening: Sharpening | None = None
+    heldout_rewards: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> DistillRecipe:
+        if (self.adaptation or self.sharpening) and self.advantage is None:
+            raise ValueError("adaptation and sharpening need an advantage; add advantage.reward")
+        if self.advantage and (self.batch_size // self.accumulate) % self.advantage.group:
+            raise ValueError(
+                f"micro-batches of {self.batch_size // self.accumulate} do not hold whole groups of "
+                f"{self.advantage.group}; change batch_size, accumulate or advantage.group"
+            )
+        if self.step_weights is not None and len(self.step_weights) != len(self.steps):
+            raise ValueError(f"step_weights has {len(self.step_weights)} entries for {len(self.steps)} steps")
+        if self.advantage and self.advantage.reward in self.heldout_rewards:
+            raise ValueError(f"{self.advantage.reward} is both the training reward and held out; use another")
+        return self
+
+
+Recipe = Annotated[
+    VaeRecipe | ClipRecipe | RewardRecipe | LabellerRecipe | DiffusionRecipe | DistillRecipe,
+    Field(discriminator="task"),
+]
+_RECIPE: TypeAdapter[Any] = TypeAdapter(Recipe)
+_CLASSES: dict[str, type[Base]] = {
+    "vae": VaeRecipe,
+    "clip": ClipRecipe,
+    "reward": RewardRecipe,
+    "labeller": LabellerRecipe,
+    "diffusion": DiffusionRecipe,
+    "distill": DistillRecipe,
+}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Any:
+    """Read a recipe and apply dotted overrides ``key.sub=value`` (values are YAML). Raises RecipeError."""
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.stem, [p.stem for p in Path("recipes").glob("*.yaml")], n=1)
+        hint = f"; did you mean recipes/{near[0]}.yaml?" if near else "; recipes/ holds ours"
+        raise RecipeError(f"there is no recipe {str(path)!r}{hint}")
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {type(tree).__name__}, not keys and values; see recipes/ for examples")
+    for override in overrides or []:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Any:
+    """Validate a tree of plain values. Raises RecipeError with every fault, each on its own line."""
+    try:
+        return _RECIPE.validate_python(tree)
+    except ValidationError as error:
+        lines = [_explain(tree, fault) for fault in error.errors()]
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise RecipeError(f"override {override!r} is not key=value; for example iterations=200")
+    parts = key.split(".")
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {key!r}: {part!r} holds a value, not keys")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)  # YAML reads 1e-5 as text
+        except ValueError:
+            pass
+    node[parts[-1]] = parsed
+
+
+def _explain(tree: dict[str, Any], fault: Any) -> str:
+    location = [str(part) for part in fault["loc"] if part not in _CLASSES]
+    where = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(tree, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{where} is unknown; {hint}"
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid") and not where:
+        return f"task is {tree.get('task')!r}; use one of {', '.join(_CLASSES)}"
+    seen = "" if fault["type"] == "missing" or isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
+    return f"{where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}{seen}"
+
+
+def _known_keys(tree: dict[str, Any], path: list[str]) -> list[str]:
+    model: Any = _CLASSES.get(str(tree.get("task")), Base)
+    for part in path:
+        candidates = [model] if isinstance(model, type) else []
+        model = next((_model_of(c.model_fields[part].annotation) for c in candidates if part in c.model_fields), model)
+    return list(model.model_fields)
+
+
+def _model_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_of(argument)
+        if found is not None:
+            return found
+    return None

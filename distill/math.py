@@ -1,0 +1,123 @@
+"""The method's mathematics as pure tensor functions: no modules, no devices, no randomness.
+
+x0, latents and displacements are (B, …) float tensors in the model's latent scale; coefficients per sample are (B,).
+Symbols follow "Optimizing Few-Step Generation with Adaptive Matching Distillation" (AMD, arXiv 2602.07345) and DMD2
+(arXiv 2405.14867): x is the student's clean sample, x_c, x_u, x_f the clean predictions of the teacher with the
+prompt, of the teacher without it and of the fake score.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(B,) to (B, 1, …) so that it multiplies a (B, …) tensor."""
+    return coefficient.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def x0_from(prediction: str, x_t: Tensor, model_output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Clean estimate from a network's output. α, σ: (B,) float64; the arithmetic of coefficients is float64.
+
+    epsilon: (x_t − σ·m)/α;  v: α·x_t − σ·m;  flow (m = ε − x0, α = 1 − σ): x_t − σ·m.
+    """
+    alpha, sigma = expand(alpha.double(), x_t), expand(sigma.double(), x_t)
+    x, m = x_t.double(), model_output.double()
+    if prediction == "epsilon":
+        x0 = (x - sigma * m) / alpha
+    elif prediction == "v":
+        x0 = alpha * x - sigma * m
+    elif prediction == "flow":
+        x0 = x - sigma * m
+    else:
+        raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
+    return x0.to(torch.float32)
+
+
+def target_for(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What a network should output for x_t = α·x0 + σ·ε: ε, v = α·ε − σ·x0 or ε − x0."""
+    if prediction == "epsilon":
+        return noise
+    if prediction == "v":
+        return expand(alpha, x0).to(x0) * noise - expand(sigma, x0).to(x0) * x0
+    if prediction == "flow":
+        return noise - x0
+    raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = α·x0 + σ·ε with per-sample coefficients (B,)."""
+    return expand(alpha, x0).to(x0) * x0 + expand(sigma, x0).to(x0) * noise
+
+
+def guide(x_u: Tensor, x_c: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance in the standard form: x_u + ω·(x_c − x_u)."""
+    return x_u + scale * (x_c - x_u)
+
+
+def dm_displacement(x_c: Tensor, x_f: Tensor) -> Tensor:
+    """Distribution matching: d_real − d_fake = x_c − x_f (the student's own x cancels; AMD Eq. 10)."""
+    return x_c - x_f
+
+
+def ca_displacement(x_c: Tensor, x_u: Tensor) -> Tensor:
+    """Conditional alignment: d_ca = x_c − x_u (AMD Eq. 10; the guidance part of D-DMD Eq. 6)."""
+    return x_c - x_u
+
+
+def operator(dm: Tensor, ca: Tensor, *, guidance: float, alpha: Tensor, beta: Tensor) -> Tensor:
+    """H = β·(d_real − d_fake) + α·(ω − 1)·d_ca  (AMD Eq. 10). α, β: (B,). α = β = 1 is DMD2.
+
+    Identity: H_i = β_i·[guide(x_u, x_c, ω_i) − x_f] with ω_i = 1 + (α_i/β_i)(ω − 1).
+    """
+    return expand(beta, dm) * dm + expand(alpha, ca) * (guidance - 1.0) * ca
+
+
+def normaliser(x: Tensor, x_guided: Tensor, *, floor: float = 1e-6) -> Tensor:
+    """DMD2's per-sample scale n_i = mean |x_i − x_guided_i| over all but the batch; (B,), never below ``floor``.
+
+    AMD keeps the unmodified guidance here, otherwise the adaptation would partly cancel.
+    """
+    return (x - x_guided).abs().flatten(1).mean(1).clamp_min(floor)
+
+
+def pseudo_target_loss(x: Tensor, displacement: Tensor) -> Tensor:
+    """½·mean‖x − sg[x + d]‖² per sample: (B,). Its gradient with respect to x is −d / (elements per sample)."""
+    target = (x.detach().float() + displacement.detach().float()).float()
+    return 0.5 * (x.float() - target).pow(2).flatten(1).mean(1)
+
+
+def group_advantage(rewards: Tensor, group: int, *, sigma_floor: float = 0.0, eps: float = 1e-6) -> Tensor:
+    """a_i = (r_i − μ_g)/(σ_g + ε) within consecutive groups of ``group`` samples of one prompt (AMD Eq. 12). (B,).
+
+    sigma_floor: lower bound of σ_g, against bang-bang weights where all samples of a group score alike.
+    """
+    if group < 2 or len(rewards) % group:
+        raise ValueError(f"{len(rewards)} rewards do not form groups of {group}; use a batch that is a multiple of it")
+    r = rewards.reshape(-1, group)
+    deviation = r.std(1, unbiased=False, keepdim=True).clamp_min(sigma_floor)
+    return ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten()
+
+
+def adaptive_weights(advantage: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """(α, β) = (1 + s·ã, 1 − s·ã) with ã clipped to [−1, 1] (AMD Eq. 12–13; the linear form is inferred). α + β = 2."""
+    clipped = advantage.clamp(-1.0, 1.0)
+    return 1.0 + strength * clipped, 1.0 - strength * clipped
+
+
+def sharpening_weight(advantage: Tensor, *, group: int | None = None) -> Tensor:
+    """W(a) = exp(−a) on the fake loss (AMD, repulsive landscape sharpening). (B,).
+
+    group: scale W to mean 1 within groups of this size, which keeps the fake score's effective learning rate.
+    """
+    weight = torch.exp(-advantage)
+    if group is None:
+        return weight
+    grouped = weight.reshape(-1, group)
+    return (grouped / grouped.mean(1, keepdim=True)).flatten()
+
+
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(Σw)²/Σw² as a fraction of the number of samples: 1 for equal weights."""
+    return weight.sum().square() / (weight.square().sum() * len(weight))

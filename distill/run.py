@@ -1,0 +1,131 @@
+"""Train from a recipe.
+
+    python -m distill.run recipes/digits-teacher.yaml                      # minutes on two cores
+    python -m distill.run recipes/scenes-amd.yaml student.learning_rate=1e-5 --resume
+    python -m distill.run recipes/scenes-amd.yaml --dry-run                # the resolved recipe, nothing else
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import RecipeError, load_recipe
+
+TASKS = {
+    "vae": "distill.tasks.vae:VaeTask",
+    "clip": "distill.tasks.clip:ClipTask",
+    "reward": "distill.tasks.reward:RewardTask",
+    "labeller": "distill.tasks.labeller:LabellerTask",
+    "diffusion": "distill.tasks.diffusion:DiffusionTask",
+    "distill": "distill.tasks.distillation:DistillationTask",
+}
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.run",
+        description="Train a model from a recipe: autoencoders, rewards, teachers and few-step students alike.",
+        epilog="example: python -m distill.run recipes/digits-teacher.yaml iterations=500 seed=1",
+    )
+    parser.add_argument("recipe", help="a YAML file, such as recipes/scenes-amd.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as student.clip=1")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        _check_inputs(recipe)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+        return 0
+    return train(recipe, resume=options.resume, quiet=options.quiet)
+
+
+def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
+    """Run a recipe to its end. Returns 0 when complete, 1 when training failed, 130 when it was interrupted."""
+    from distill.trainer import Trainer, TrainingError
+
+    folder = Path(os.environ.get("LEAPFROG_RUNS", "runs")) / recipe.name
+    module, _, name = TASKS[recipe.task].partition(":")
+    try:
+        trainer = Trainer(getattr(importlib.import_module(module), name)(recipe), folder, quiet=quiet)
+        if resume:
+            print(f"resuming {recipe.name} at iteration {trainer.resume()}")
+        elif any((folder / "checkpoints").glob("step-*")):
+            raise TrainingError(f"{folder} holds checkpoints of an earlier run; add --resume, or delete the folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))
+        complete = trainer.run()
+    except (TrainingError, RecipeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not complete:
+        return 130
+    print(f"wrote {recipe.output} (logs, previews and checkpoints in {folder})")
+    return 0
+
+
+def provenance(recipe: Any) -> dict[str, Any]:
+    """What a later reader needs to trust a result: resolved recipe, code revision, packages, time."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "revision": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_inputs(recipe: Any) -> None:
+    """Folders that a recipe reads must exist before any work."""
+    for key, value in _inputs(recipe):
+        if not Path(value).is_dir():
+            raise RecipeError(f"{key}: there is no folder {value!r}; train it first (recipes/ has one recipe per folder)")
+
+
+def _inputs(recipe: Any) -> list[tuple[str, str]]:
+    found = []
+    for owner, prefix in ((recipe, ""), (getattr(recipe, "model", None), "model."), (getattr(recipe, "advantage", None), "advantage.")):
+        for key in ("clip", "teacher", "vae", "text_encoder", "text_encoder_2", "reward"):
+            value = getattr(owner, key, None)
+            if isinstance(value, str):
+                found.append((prefix + key, value))
+    return found + [("heldout_rewards", path) for path in getattr(recipe, "heldout_rewards", ())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

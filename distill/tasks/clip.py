@@ -1,0 +1,153 @@
+"""scenes-clip: transformers' CLIPModel on rendered scenes and their captions, with two text towers as SDXL has.
+
+    python -m distill.run recipes/scenes-clip.yaml
+
+The output folder holds the CLIPModel itself (image tower: the feature extractor of the embedded FID), the tokenizer,
+and SDXL's two encoders: text_encoder (CLIPTextModel, the small tower) and text_encoder_2 (CLIPTextModelWithProjection).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from distill.config import ClipRecipe, ClipTower
+from distill.data.cache import scene_images
+from distill.data.captions import describe
+from distill.data.tokenizer import build_tokenizer
+from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Scene, sample_scene
+from distill.tasks.common import autocast, batch_indices, to_float
+from distill.tasks.vae import HELD_OUT_SEED
+from distill.trainer import Phase, Telemetry, seeded
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+"""CLIP's image normalisation for scenes: pixels enter in [−1, 1]."""
+
+
+def wrong_scene(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene that differs in one fact: an attribute of one thing, or two different things change places."""
+    things = list(scene.things)
+    if len(things) > 1 and rng.random() < 0.4:
+        i, j = rng.choice(len(things), 2, replace=False)
+        if things[i].attributes != things[j].attributes:
+            a, b = things[i], things[j]
+            things[i], things[j] = replace(a, x=b.x, z=b.z), replace(b, x=a.x, z=a.z)
+            return replace(scene, things=tuple(things))
+    i = int(rng.integers(len(things)))
+    field, values = [("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS)][rng.integers(4)]
+    others = [value for value in values if value != getattr(things[i], field)]
+    things[i] = replace(things[i], **{field: others[rng.integers(len(others))]})
+    return replace(scene, things=tuple(things))
+
+
+def tower(settings: ClipTower, tokenizer: CLIPTokenizer, projection: int) -> dict[str, Any]:
+    """Arguments of a CLIPTextConfig."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.width,
+        "intermediate_size": 4 * settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "projection_dim": projection,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "eager",
+    }
+
+
+class ClipTask:
+    """Symmetric contrastive loss for both text towers; wrong captions join each row of the picture-to-text softmax."""
+
+    def __init__(self, recipe: ClipRecipe) -> None:
+        self.recipe = recipe
+        output = Path(recipe.output)
+        build_tokenizer(output, recipe.max_tokens)
+        self.tokenizer = CLIPTokenizer.from_pretrained(output)
+        torch.manual_seed(recipe.seed)
+        vision = {
+            "hidden_size": recipe.vision.width,
+            "intermediate_size": 4 * recipe.vision.width,
+            "num_hidden_layers": recipe.vision.layers,
+            "num_attention_heads": recipe.vision.heads,
+            "image_size": recipe.data.size,
+            "patch_size": recipe.patch,
+            "projection_dim": recipe.projection,
+        }
+        text = tower(recipe.text, self.tokenizer, recipe.projection)
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=recipe.projection)
+        config._attn_implementation = "eager"
+        self.clip = CLIPModel(config).train()
+        small = CLIPTextConfig(**tower(recipe.text_small, self.tokenizer, recipe.projection))
+        self.small = CLIPTextModelWithProjection(small).train()
+        self.roles: dict[str, nn.Module] = {"clip": nn.ModuleDict({"clip": self.clip, "small": self.small})}
+        self.optimizers = {"clip": recipe.optimizer}
+        self.images = scene_images(recipe.data.seed, recipe.data.count, recipe.data.size)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        ids: Tensor = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return ids
+
+    def phases(self, iteration: int) -> list[Phase]:
+        return [Phase("clip", lambda micro: self._loss(iteration, micro))]
+
+    def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
+        r = self.recipe
+        index = np.sort(batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, r.data.count))
+        rng = seeded(r.seed, iteration, micro, "captions")
+        scenes = [sample_scene(r.data.seed, int(i)) for i in index]
+        texts = [describe(s, rng, full=bool(rng.random() < 0.5)).text for s in scenes]
+        for _ in range(r.hard_negatives):
+            texts += [describe(wrong_scene(s, rng), rng, full=True).text for s in scenes]
+        ids, pixels = self.tokens(texts), to_float(self.images[index])
+        with autocast(r.precision):
+            image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+            big = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
+            small = self.small(input_ids=ids).text_embeds
+        image = normalize(image.float(), dim=-1)
+        scale = self.clip.logit_scale.exp().clamp_max(100.0)
+        target = torch.arange(len(image))
+        loss, values = torch.zeros(()), {}
+        for name, embeds in (("big", big), ("small", small)):
+            logits = scale * image @ normalize(embeds.float(), dim=-1).T
+            loss = loss + 0.5 * cross_entropy(logits, target) + 0.5 * cross_entropy(logits[:, : len(image)].T, target)
+            values[f"{name}/accuracy"] = (logits.argmax(1) == target).float().mean()
+        return loss, values | {"scale": scale.detach()}
+
+    def preview(self) -> Tensor:
+        return torch.from_numpy(np.array(self.images[:16]))
+
+    @torch.no_grad()
+    def pair_accuracy(self, count: int = 512) -> float:
+        """How often a held-out picture prefers its own full caption to one with a single wrong fact."""
+        rng = seeded(self.recipe.seed, "pairs")
+        scenes = [sample_scene(HELD_OUT_SEED, i) for i in range(count)]
+        pixels = to_float(scene_images(HELD_OUT_SEED, count, self.recipe.data.size))
+        image = normalize(self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+        scores = []
+        for source in (scenes, [wrong_scene(s, rng) for s in scenes]):
+            ids = self.tokens([describe(s, rng, full=True).text for s in source])
+            text = normalize(self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output), dim=-1)
+            scores.append((image * text).sum(1))
+        return float((scores[0] > scores[1]).float().mean())
+
+    def finish(self, output: Path) -> None:
+        print(f"right caption preferred to one with a wrong fact: {100 * self.pair_accuracy():.1f} % of 512 held-out scenes")
+        self.clip.save_pretrained(output)
+        self.tokenizer.save_pretrained(output / "tokenizer")
+        small = CLIPTextModel(self.small.config)
+        body = {k: v for k, v in self.small.state_dict().items() if k.startswith("text_model.")}
+        small.load_state_dict({k.removeprefix("text_model."): v for k, v in body.items()})
+        small.save_pretrained(output / "text_encoder")
+        big = CLIPTextModelWithProjection(self.clip.config.text_config)
+        state = {k: v for k, v in self.clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
+        big.load_state_dict(state)
+        big.save_pretrained(output / "text_encoder_2")
