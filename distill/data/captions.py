@@ -15,11 +15,9 @@ from itertools import chain, combinations
 
 from numpy.random import Generator, default_rng
 
-from distill.data.world import COLOURS, MATERIALS, Scene, Thing, relation, sample_scene
+from distill.data.world import CLIP_SECONDS, COLOURS, MATERIALS, Scene, Thing, relation, sample_scene
 
 P_SIZE, P_MATERIAL, P_RELATION = 0.8, 0.8, 0.85
-CLIP_SECONDS = 2.0
-"""In a moving scene a relation is stated only when it holds at the start and still does after this long."""
 
 _SHAPES = {"sphere": ("sphere", "ball"), "cube": ("cube", "block"), "cylinder": ("cylinder",)}
 _SIZES = {"large": ("large", "big"), "small": ("small", "tiny")}
@@ -163,6 +161,7 @@ def _groups(scene: Scene) -> list[tuple[int, ...]]:
 
 
 def _steady_relation(a: Thing, b: Thing) -> str | None:
+    """Their relation, if it is the same at both ends of a clip."""
     name = relation(a, b)
     return name if relation(a.at(CLIP_SECONDS), b.at(CLIP_SECONDS)) == name else None
 

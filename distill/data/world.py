@@ -24,9 +24,12 @@ HELD_OUT = frozenset({("red", "cylinder"), ("blue", "cube"), ("green", "sphere")
 """(colour, shape) pairs that never appear in training; generalisation is measured on them."""
 
 RADIUS = {"small": 0.47, "large": 0.80}
+CLIP_SECONDS = 2.0
+"""How long things move in the clips that the project trains on."""
 GROUND_HALF_WIDTH, GROUND_HALF_DEPTH = 1.75, 1.6
 RELATION_MARGIN = 0.75
 """Two things are related along an axis when their centres differ by at least this many units on it."""
+_DIRECTIONS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "towards": (0, -1), "away": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Thing:
 
     def at(self, seconds: float) -> Thing:
         """This thing after ``seconds`` of its motion."""
-        dx, dz = {"left": (-1, 0), "right": (1, 0), "towards": (0, -1), "away": (0, 1)}.get(self.motion, (0, 0))
+        dx, dz = _DIRECTIONS[self.motion]
         return replace(self, x=self.x + dx * self.speed * seconds, z=self.z + dz * self.speed * seconds)
 
 
@@ -91,23 +94,22 @@ def sample_scene(
 
     count: how many things (1 to 3); None draws it with probabilities 0.3, 0.4, 0.3.
     combinations: "trained" never shows a pair of HELD_OUT; "held_out" shows at least one.
-    moving: exactly one thing moves (0.5 to 1.0 units per second).
+    moving: exactly one thing moves (0.5 to 1.0 units per second), for two seconds clear of the others and in view.
     """
     if combinations not in ("trained", "held_out"):
         raise ValueError(f"combinations is {combinations!r}; use 'trained' or 'held_out'")
     rng = np.random.default_rng((seed, index))
     number = count or int(rng.choice((1, 2, 3), p=(0.3, 0.4, 0.3)))
     kinds = _sample_attributes(rng, number, combinations)
-    positions = None
-    while positions is None:
-        positions = _place(rng, [RADIUS[kind[2]] for kind in kinds])
-    mover = int(rng.integers(number)) if moving else -1
+    radii = [RADIUS[kind[2]] for kind in kinds]
+    positions, motions = None, None
+    while positions is None or motions is None:
+        positions = _place(rng, radii)
+        if positions is not None:
+            motions = _sample_motions(rng, positions, radii) if moving else [("still", 0.0)] * number
     things = []
-    for i, ((shape, colour, size, material), (x, z)) in enumerate(zip(kinds, positions, strict=True)):
-        motion, speed = "still", 0.0
-        if i == mover:
-            motion, speed = str(rng.choice(MOTIONS[1:])), float(rng.uniform(0.5, 1.0))
-        things.append(Thing(shape, colour, size, material, x, z, float(rng.uniform(0, math.pi / 2)), motion, speed))
+    for (shape, colour, size, material), (x, z), motion in zip(kinds, positions, motions, strict=True):
+        things.append(Thing(shape, colour, size, material, x, z, float(rng.uniform(0, math.pi / 2)), *motion))
     return Scene(tuple(things), light=float(rng.uniform(-0.35, 0.35)))
 
 
@@ -146,3 +148,30 @@ def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, fl
         else:
             return None
     return placed
+
+
+def _sample_motions(
+    rng: np.random.Generator, positions: list[tuple[float, float]], radii: list[float]
+) -> list[tuple[str, float]] | None:
+    """(motion, speed) of every thing: one moves, on a way that is clear; None when this one has no clear way."""
+    mover, speed = int(rng.integers(len(positions))), float(rng.uniform(0.5, 1.0))
+    for motion in rng.permutation(MOTIONS[1:]).tolist():
+        if _way_is_clear(mover, motion, speed, positions, radii):
+            return [(motion, speed) if i == mover else ("still", 0.0) for i in range(len(positions))]
+    return None
+
+
+def _way_is_clear(
+    mover: int, motion: str, speed: float, positions: list[tuple[float, float]], radii: list[float]
+) -> bool:
+    """Whether a thing can move for CLIP_SECONDS without touching another or leaving the picture."""
+    (x, z), (dx, dz) = positions[mover], _DIRECTIONS[motion]
+    length = speed * CLIP_SECONDS
+    if abs(x + dx * length) > GROUND_HALF_WIDTH + 0.1 or abs(z + dz * length) > GROUND_HALF_DEPTH + 0.1:
+        return False
+    for i, (px, pz) in enumerate(positions):
+        nearest = min(max((px - x) * dx + (pz - z) * dz, 0.0), length)
+        gap = math.hypot(px - x - dx * nearest, pz - z - dz * nearest)
+        if i != mover and gap < radii[i] + radii[mover] + 0.05:
+            return False
+    return True

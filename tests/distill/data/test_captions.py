@@ -8,8 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from distill.data.captions import CLIP_SECONDS, Caption, article, describe, vocabulary
-from distill.data.world import HELD_OUT, Scene, Thing, holds, relation, sample_scene
+from distill.data.captions import Caption, article, describe, vocabulary
+from distill.data.world import CLIP_SECONDS, HELD_OUT, Scene, Thing, holds, relation, sample_scene
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.data.scenes import render, render_clip
 from distill.data.world import (
+    CLIP_SECONDS,
     COLOURS,
     GROUND_HALF_DEPTH,
     GROUND_HALF_WIDTH,
@@ -243,6 +244,17 @@ def test_exactly_one_thing_moves_in_a_moving_scene() -> None:
         assert 0.5 <= movers[0].speed <= 1.0
     assert {thing.motion for scene in moving for thing in scene.things} == set(MOTIONS)
     assert all(thing.motion == "still" for scene in STREAM for thing in scene.things)
+
+
+def test_moving_things_touch_nothing_and_stay_in_view() -> None:
+    for index in range(500):
+        scene = sample_scene(2, index, moving=True)
+        for seconds in np.linspace(0, CLIP_SECONDS, 9):
+            moment = scene.at(float(seconds))
+            for a, b in combinations(moment.things, 2):
+                assert math.hypot(a.x - b.x, a.z - b.z) > a.radius + b.radius
+            assert all(abs(t.x) < GROUND_HALF_WIDTH + 0.2 for t in moment.things)
+            assert all(abs(t.z) < GROUND_HALF_DEPTH + 0.2 for t in moment.things)
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
