@@ -1,0 +1,195 @@
+"""SDXL's family: UNet2DConditionModel on AutoencoderKL latents, two CLIP text encoders, ε-prediction, 1000 timesteps.
+
+Traps kept in one place: the unconditional input is zeros for text and pooled text; the size conditioning is
+(H, W, 0, 0, H, W); timestep 999 is not pure noise (√ᾱ = 0.068), yet samplers start from N(0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from distill.config import SdxlSource, UnetModel
+from distill.export.folder import save_pipeline
+from distill.families.base import Condition, Prediction, as_prediction, coefficients, preview_matrix
+from distill.sampling import ScaledLinear
+from distill.tasks.common import freeze
+
+
+class Sdxl:
+    """The parts that all roles share: autoencoder, text encoders, tokenizers and the schedule."""
+
+    name, prediction = "sdxl", "epsilon"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        unet: UnetModel | None = None,
+    ) -> None:
+        self.vae, self.text_encoder, self.text_encoder_2 = freeze(vae), freeze(text_encoder), freeze(text_encoder_2)
+        self.tokenizer, self.schedule, self._unet = tokenizer, ScaledLinear(), unet
+        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.size = int(vae.config.sample_size)
+
+    @classmethod
+    def from_source(cls, source: SdxlSource) -> Sdxl:
+        """From its parts in separate folders; ``new_network`` makes a fresh UNet."""
+        return cls(
+            AutoencoderKL.from_pretrained(source.vae),
+            CLIPTextModel.from_pretrained(source.text_encoder, attn_implementation="eager", dtype=torch.float32),
+            CLIPTextModelWithProjection.from_pretrained(
+                source.text_encoder_2, attn_implementation="eager", dtype=torch.float32
+            ),
+            CLIPTokenizer.from_pretrained(Path(source.text_encoder_2).parent / "tokenizer"),
+            source.unet,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> tuple[Sdxl, UNet2DConditionModel]:
+        """From a diffusers folder: the family and the network in it."""
+        root = Path(folder)
+        family = cls(
+            AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
+            CLIPTextModel.from_pretrained(root / "text_encoder", attn_implementation="eager", dtype=torch.float32),
+            CLIPTextModelWithProjection.from_pretrained(
+                root / "text_encoder_2", attn_implementation="eager", dtype=torch.float32
+            ),
+            CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        )
+        network = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32)
+        network.set_attn_processor(AttnProcessor())
+        return family, network
+
+    def new_network(self) -> UNet2DConditionModel:
+        if self._unet is None:
+            raise ValueError("this family was loaded from a folder, which has its network; recipes name a fresh one")
+        m = self._unet
+        pooled = self.text_encoder_2.config.projection_dim
+        time_dim = 16
+        network = UNet2DConditionModel(
+            sample_size=self.size // self.stride,
+            in_channels=self.vae.config.latent_channels,
+            out_channels=self.vae.config.latent_channels,
+            block_out_channels=m.block_out_channels,
+            layers_per_block=m.layers_per_block,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in m.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(m.attention)),
+            transformer_layers_per_block=m.transformer_layers,
+            attention_head_dim=tuple(c // m.head_dim for c in m.block_out_channels),
+            cross_attention_dim=self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=time_dim,
+            projection_class_embeddings_input_dim=pooled + 6 * time_dim,
+            norm_num_groups=m.norm_num_groups,
+            use_linear_projection=True,
+        )
+        # Explicit attention: on CPUs the backward pass of fused attention takes a third of a training step.
+        network.set_attn_processor(AttnProcessor())
+        return network
+
+    def predict(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
+    ) -> Prediction:
+        if taps:
+            raise ValueError(f"taps is {tuple(taps)}; the sdxl family offers none yet")
+        added = {"text_embeds": condition["pooled"], "time_ids": self._time_ids(x_t)}
+        output = network(
+            x_t,
+            t,
+            encoder_hidden_states=condition["prompt_embeds"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        alpha, sigma = coefficients(self.schedule, t)
+        return as_prediction(self.prediction, x_t, output.float(), alpha, sigma, {})
+
+    def _time_ids(self, x_t: Tensor) -> Tensor:
+        height, width = x_t.shape[-2] * self.stride, x_t.shape[-1] * self.stride
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
+        return row.expand(len(x_t), 6)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Penultimate hidden states of both encoders side by side, and the second's pooled projection."""
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        first = self.text_encoder(input_ids=ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids=ids, output_hidden_states=True)
+        embeds = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
+        return {"prompt_embeds": embeds, "pooled": second.text_embeds}
+
+    def unconditional(self, n: int) -> Condition:
+        length = self.tokenizer.model_max_length
+        width = self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
+        return {
+            "prompt_embeds": torch.zeros(n, length, width),
+            "pooled": torch.zeros(n, self.text_encoder_2.config.projection_dim),
+        }
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        width, height = size or (self.size, self.size)
+        return (self.vae.config.latent_channels, height // self.stride, width // self.stride)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [−1, 1] to latents in model scale: the posterior's mean times the scaling factor."""
+        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor  # type: ignore[no-any-return]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def wrap_plan(self) -> tuple[type[nn.Module], ...]:
+        return (BasicTransformerBlock, ResnetBlock2D)
+
+    def lora_targets(self) -> tuple[str, ...]:
+        return ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        import copy
+
+        pipeline = StableDiffusionXLPipeline(
+            vae=copy.deepcopy(self.vae),
+            text_encoder=copy.deepcopy(self.text_encoder),
+            text_encoder_2=copy.deepcopy(self.text_encoder_2),
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.tokenizer,
+            unet=copy.deepcopy(network),
+            scheduler=LCMScheduler(
+                beta_start=self.schedule.beta_start,
+                beta_end=self.schedule.beta_end,
+                beta_schedule="scaled_linear",
+                num_train_timesteps=self.schedule.num_timesteps,
+                original_inference_steps=self.schedule.num_timesteps,
+                prediction_type=self.prediction,
+            ),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+        save_pipeline(pipeline, folder)
+
+    def describe(self) -> dict[str, Any]:
+        from distill.data.cache import scene_images
+        from distill.tasks.common import to_float
+
+        images = to_float(scene_images(9_001, 256, self.size)[:128])
+        return {
+            "family": self.name,
+            "task": "text-to-image",
+            "prediction": self.prediction,
+            "latent_channels": int(self.vae.config.latent_channels),
+            "latent_stride": self.stride,
+            "sizes": ((self.size, self.size),),
+            "max_tokens": int(self.tokenizer.model_max_length),
+            "preview": preview_matrix(self.encode_images(images), images),
+        }

@@ -1,0 +1,122 @@
+"""Teacher training: the denoising loss of the family's own parametrisation, with dropped conditions for guidance.
+
+    python -m distill.run recipes/scenes-teacher.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.bundle import Guidance, Manifest, Sampler, write_manifest
+from distill.config import DiffusionRecipe, SdxlSource
+from distill.families.base import Condition, coefficients
+from distill.families.sdxl import Sdxl
+from distill.families.sit import Sit
+from distill.math import add_noise, target_for
+from distill.run import provenance
+from distill.sampling import Schedule, noise, ode_table
+from distill.tasks.common import autocast, to_uint8
+from distill.tasks.samples import PREVIEW_PROMPTS, samples_for
+from distill.trainer import Phase, Telemetry, generator
+
+TEACHER_STEPS = (1, 2, 4, 8)
+
+
+def draw_times(schedule: Schedule, n: int, rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """n uniform times in [low, high]·t_max: whole timesteps for discrete schedules, (B,) float64."""
+    u = torch.rand(n, generator=rng, dtype=torch.float64)
+    if schedule.t_max > 1:
+        first, last = round(low * (schedule.t_max + 1)), min(round(high * (schedule.t_max + 1)), int(schedule.t_max))
+        return (first + (u * (last - first + 1)).floor()).clamp_max(last)
+    return low + u * (high - low)
+
+
+@torch.no_grad()
+def sample(
+    family: Any, network: nn.Module, table: Any, condition: Condition, seeds: list[int], guidance: float = 1.0
+) -> Tensor:
+    """Run a sampler table in torch: clean latents (B, C, h, w). Row i uses noise(seeds[i], 0)."""
+    shape = family.latent_shape()
+    draws = torch.stack([torch.from_numpy(noise(seed, 0, shape, len(table))) for seed in seeds])
+    rows = torch.from_numpy(table.rows)
+    x = draws[:, 0]
+    empty = family.unconditional(len(x))
+    for i, t in enumerate(table.timesteps):
+        times = torch.full((len(x),), float(t), dtype=torch.float64)
+        x0 = family.predict(network, x, times, condition).x0
+        if guidance != 1.0:
+            unguided = family.predict(network, x, times, empty).x0
+            x0 = unguided + guidance * (x0 - unguided)
+        _, _, u, y, w = rows[i].tolist()
+        fresh = draws[:, i + 1] if i + 1 < len(table) else torch.zeros_like(x)
+        x = u * x0 + y * x + w * fresh
+    return x
+
+
+class DiffusionTask:
+    """E‖m_θ(x_t, t, c) − target‖² at uniform t, where c is dropped with a probability."""
+
+    def __init__(self, recipe: DiffusionRecipe) -> None:
+        self.recipe = recipe
+        model = recipe.model
+        self.family: Any = Sdxl.from_source(model) if isinstance(model, SdxlSource) else Sit(model)
+        torch.manual_seed(recipe.seed)
+        self.network = self.family.new_network().train()
+        self.roles: dict[str, nn.Module] = {"teacher": self.network}
+        self.optimizers = {"teacher": recipe.optimizer}
+        self.samples = samples_for(recipe.data, recipe.seed, self.family)
+
+    def phases(self, iteration: int) -> list[Phase]:
+        return [Phase("teacher", lambda micro: self._loss(iteration, micro))]
+
+    def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
+        r, family = self.recipe, self.family
+        rng = generator(r.seed, iteration, micro, "noise")
+        x0, prompts = self.samples.batch(iteration, micro, r.batch_size // r.accumulate)
+        condition, empty = family.encode(prompts), family.unconditional(len(x0))
+        dropped = torch.rand(len(x0), generator=rng) < r.drop_condition
+        condition = {k: torch.where(_like(dropped, v), empty[k], v) for k, v in condition.items()}
+        t = draw_times(family.schedule, len(x0), rng)
+        alpha, sigma = coefficients(family.schedule, t)
+        eps = torch.randn(x0.shape, generator=rng)
+        x_t = add_noise(x0, eps, alpha, sigma)
+        with autocast(r.precision):
+            prediction = family.predict(self.network, x_t, t, condition)
+        output = {"epsilon": prediction.eps, "v": prediction.v, "flow": prediction.eps - prediction.x0}[family.prediction]
+        errors = (output - target_for(family.prediction, x0, eps, alpha, sigma)).pow(2).flatten(1).mean(1)
+        late = t > 0.5 * family.schedule.t_max
+        values = {"noisy_half": errors[late].mean().detach(), "clean_half": errors[~late].mean().detach()}
+        return errors.mean(), {k: v for k, v in values.items() if bool(v.isfinite())}
+
+    def preview(self) -> Tensor:
+        r = self.recipe
+        conditions = self.samples.preview_conditions()
+        table = ode_table(self.family.schedule, self.family.prediction, 20)
+        seeds = list(range(len(conditions)))
+        with autocast(r.precision):
+            latents = sample(self.family, self.network, table, self.family.encode(conditions), seeds, r.guidance)
+            return to_uint8(self.family.decode(latents.float()))
+
+    def finish(self, output: Path) -> None:
+        """Write the teacher as a bundle, so that it can be exported, served and scored like any student."""
+        self.family.save(self.network, output)
+        steps = sorted({*TEACHER_STEPS, self.recipe.sampling_steps})
+        tables = {n: Sampler.of(ode_table(self.family.schedule, self.family.prediction, n)) for n in steps}
+        manifest = Manifest(
+            name=self.recipe.name,
+            samplers=tables,
+            default_steps=self.recipe.sampling_steps,
+            guidance=Guidance(scale=self.recipe.guidance),
+            examples=() if self.recipe.data == "digits" else PREVIEW_PROMPTS,
+            provenance={"teacher": provenance(self.recipe)},
+            **self.family.describe(),
+        )
+        write_manifest(output, manifest)
+
+
+def _like(mask: Tensor, value: Tensor) -> Tensor:
+    return mask.reshape(-1, *(1,) * (value.ndim - 1))

@@ -1,0 +1,111 @@
+"""Clean samples with their conditions, for teachers and for distillation: latents of scenes, or digits.
+
+Both are functions of (seed, iteration, micro): nothing has a position that a resumed run could lose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.config import SceneData
+from distill.data.cache import cached_array, scene_images
+from distill.data.captions import describe
+from distill.data.world import sample_scene
+from distill.tasks.common import autocast, batch_indices, to_float
+from distill.trainer import seeded
+
+PREVIEW_PROMPTS = (
+    "a large red metal sphere left of a small blue rubber sphere",
+    "a small green rubber cube",
+    "a big shiny purple cylinder behind a small yellow ball",
+    "a large gray rubber cylinder in front of a small cyan metal cube",
+    "two small brown metal spheres",
+    "a large yellow matte cube",
+    "a small purple rubber ball right of a large cyan metal cylinder",
+    "a large blue metal sphere",
+)
+
+
+class Samples(Protocol):
+    """A source of training samples."""
+
+    def conditions(self, iteration: int, micro: int, size: int) -> list[Any]:
+        """Prompts or labels of a micro-batch."""
+        ...
+
+    def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[Any]]:
+        """Clean latents (size, C, h, w) in model scale with their prompts or labels."""
+        ...
+
+    def preview_conditions(self) -> list[Any]: ...
+
+
+class SceneSamples:
+    """Scenes of trained combinations; a picture gets a new caption each time it is drawn."""
+
+    def __init__(self, data: SceneData, seed: int, family: Any) -> None:
+        self.data, self.seed, self.family = data, seed, family
+        self._latents: NDArray[np.generic] | None = None
+
+    def conditions(self, iteration: int, micro: int, size: int) -> list[str]:
+        return self._captions(self._index(iteration, micro, size), iteration, micro)
+
+    def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[str]]:
+        if self._latents is None:
+            self._latents = self._cache()
+        index = self._index(iteration, micro, size)
+        return torch.from_numpy(np.array(self._latents[index])).float(), self._captions(index, iteration, micro)
+
+    def preview_conditions(self) -> list[str]:
+        return list(PREVIEW_PROMPTS)
+
+    def _index(self, iteration: int, micro: int, size: int) -> NDArray[np.int64]:
+        return np.sort(batch_indices(self.seed, iteration, micro, size, self.data.count))
+
+    def _captions(self, index: NDArray[np.int64], iteration: int, micro: int) -> list[str]:
+        rng = seeded(self.seed, iteration, micro, "captions")
+        return [describe(sample_scene(self.data.seed, int(i)), rng).text for i in index]
+
+    def _cache(self) -> NDArray[np.generic]:
+        images = scene_images(self.data.seed, self.data.count, self.data.size)
+        state = self.family.vae.state_dict()
+        digest = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in state.values())).hexdigest()[:10]
+
+        def fill(start: int, stop: int) -> NDArray[np.generic]:
+            with autocast("bfloat16"):
+                latents = self.family.encode_images(to_float(images[start:stop]))
+            return latents.half().numpy()  # type: ignore[no-any-return]
+
+        name = f"latents-{self.data.seed}-{self.data.count}-{self.data.size}-{digest}"
+        return cached_array(name, (self.data.count, *self.family.latent_shape()), np.float16, fill)
+
+
+class DigitSamples:
+    """scikit-learn's handwritten digits of the training split, with their labels."""
+
+    def __init__(self, seed: int) -> None:
+        from distill.data.digits import load_digits
+
+        images, labels = load_digits("train")
+        self.seed, self.images, self.labels = seed, torch.from_numpy(images), labels
+
+    def conditions(self, iteration: int, micro: int, size: int) -> list[int]:
+        return self.batch(iteration, micro, size)[1]
+
+    def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[int]]:
+        index = batch_indices(self.seed, iteration, micro, size, len(self.labels))
+        return self.images[torch.from_numpy(index)], [int(label) for label in self.labels[index]]
+
+    def preview_conditions(self) -> list[int]:
+        return [i % 10 for i in range(40)]
+
+
+def samples_for(data: SceneData | str, seed: int, family: Any) -> Samples:
+    """The samples that a recipe names."""
+    return DigitSamples(seed) if data == "digits" else SceneSamples(data, seed, family)  # type: ignore[arg-type]
