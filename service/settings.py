@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PREFIX = "LEAPFROG_"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,6 +50,12 @@ class Settings(BaseModel):
             return tuple(key.strip() for key in value.split(",") if key.strip())
         return value
 
+    @model_validator(mode="after")
+    def _requests_fit_the_queue(self) -> Settings:
+        if self.max_n > self.max_queue:
+            raise ValueError(f"max_n is {self.max_n} and max_queue {self.max_queue}; a request must fit into the queue")
+        return self
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Settings from LEAPFROG_* variables; an empty variable counts as unset.
@@ -65,6 +71,8 @@ class Settings(BaseModel):
             return cls.model_validate({name: value for name, value in given.items() if name in cls.model_fields})
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:
+                raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
             name = PREFIX + str(first["loc"][0]).upper()
             seen = "" if "KEYS" in name else f" is {first['input']!r}"
             raise SettingsError(f"{name}{seen}: {first['msg'].lower()}") from None

@@ -1,0 +1,162 @@
+"""The page at / in a headless Chromium, as a desktop, a phone and a keyboard see it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.service.conftest import Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+FLAGS += ("--disable-component-update", "--disable-sync")
+WIDTHS = {"phone": (360, 740), "desktop": (1280, 860)}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=WIDTHS)
+def page(browser: playwright.Browser, server: Server, request: pytest.FixtureRequest) -> Iterator[playwright.Page]:
+    """The loaded page; fails when it logs an error or talks to another host."""
+    width, height = WIDTHS[request.param]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    context.set_default_timeout(30_000)
+    opened = context.new_page()
+    troubles: list[str] = []
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.on("request", lambda sent: sent.url.startswith((server.url, "data:")) or troubles.append(sent.url))
+    opened.goto(server.url)
+    opened.wait_for_selector(".examples button")
+    yield opened
+    assert not troubles
+    context.close()
+
+
+def seeds_shown(page: playwright.Page) -> list[str]:
+    return re.findall(r"seed (\d+)", " ".join(page.locator("figcaption").all_text_contents()))
+
+
+def test_page_is_one_file_without_foreign_hosts(server: Server) -> None:
+    answer = server.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", answer.text)
+
+
+def test_nothing_sticks_out_sideways(page: playwright.Page) -> None:
+    page.click("#compare")
+    page.wait_for_selector("figure:nth-child(4) img")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_click_on_an_example_draws_it(page: playwright.Page) -> None:
+    page.click(".examples button")
+    page.wait_for_selector("figure img")
+    assert page.input_value("#prompt") == "a small red metal sphere"
+    width, natural = page.evaluate(
+        "(() => { const i = document.querySelector('figure img'); return [i.width, i.naturalWidth] })()"
+    )
+    assert natural == 64
+    assert width >= 4 * natural
+    assert width % natural == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('figure img')).imageRendering") == "pixelated"
+    assert page.locator("#stages li").count() == 5
+    assert "ms on the server" in page.inner_text("#total")
+
+
+def test_locked_seed_repeats_the_picture_and_an_open_one_is_drawn_anew(page: playwright.Page) -> None:
+    sources = []
+    for press in ("#go", "#lock", "#lock"):
+        if press == "#lock":
+            page.click("#lock")
+        page.evaluate("document.getElementById('grid').replaceChildren()")
+        page.click("#go")
+        page.wait_for_selector("figure img")
+        sources.append((seeds_shown(page)[0], page.get_attribute("figure img", "src")))
+    assert sources[0] == sources[1]
+    assert sources[2] != sources[1]
+
+
+def test_keyboard_alone_is_enough(page: playwright.Page) -> None:
+    page.focus("#prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a green cube")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("figure img")
+    assert page.get_attribute("figure img", "alt").startswith("a green cube (seed ")
+    page.evaluate("document.getElementById('grid').replaceChildren()")
+    page.focus("input[name=steps]:checked")
+    page.keyboard.press("ArrowRight")
+    page.focus("#go")
+    page.keyboard.press("Space")
+    page.wait_for_selector("figure img")
+    assert "8 steps" in page.inner_text("figcaption")
+
+
+def test_the_curl_command_makes_the_shown_picture(page: playwright.Page) -> None:
+    page.fill("#prompt", 'it\'s a "red" cube $HOME \\ `x`')
+    page.click("#go")
+    page.wait_for_selector("figure img")
+    words = shlex.split(page.inner_text("#curl").replace("\\\n", " "))
+    assert words[0] == "curl"
+    url, body = next(w for w in words if w.startswith("http")), json.loads(words[words.index("-d") + 1])
+    answer = httpx.post(url, json=body).json()
+    shown = page.get_attribute("figure img", "src")
+    assert shown == f"data:image/png;base64,{answer['data'][0]['b64_json']}"
+    if curl := shutil.which("curl"):
+        output = subprocess.run([curl, *words[1:]], capture_output=True, check=True).stdout
+        assert json.loads(output)["data"] == answer["data"]
+
+
+def test_copy_button_copies_the_command(page: playwright.Page) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    page.wait_for_selector("#copy:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == page.inner_text("#curl")
+
+
+def test_errors_are_shown(page: playwright.Page) -> None:
+    page.fill("#prompt", "   ")
+    page.click("#go")
+    assert "Describe a picture first" in page.inner_text("#error")
+    page.fill("#prompt", "a red cube")
+    page.route("**/v1/images/generations", lambda route: route.abort())
+    page.click("#go")
+    page.wait_for_selector("#error:has-text('does not answer')")
+    page.unroute("**/v1/images/generations")
+    page.click("#go")
+    page.wait_for_selector("figure img")
+    assert page.locator("#error").is_hidden()
+
+
+def test_truncated_prompts_are_told(page: playwright.Page) -> None:
+    page.fill("#prompt", "red " * 40)
+    page.click("#go")
+    page.wait_for_selector("#note:has-text('Prompt was truncated')")
+
+
+def test_the_picture_is_shown_large(page: playwright.Page) -> None:
+    """A picture must take up a good part of the screen: not an empty frame, not a stamp."""
+    page.click("#go")
+    page.wait_for_selector("figure img")
+    box = page.locator("figure img").bounding_box()
+    viewport = page.viewport_size
+    assert box is not None
+    assert viewport is not None
+    assert box["width"] >= 0.35 * viewport["width"]
