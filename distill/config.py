@@ -79,6 +79,7 @@ class VaeRecipe(Base):
     optimizer: Optimizer
     kl_weight: float = Field(1e-6, ge=0)
     gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
+    detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
 
 
 class ClipTower(Strict):
@@ -106,10 +107,16 @@ class RewardRecipe(Base):
     """Preference fine-tuning of a CLIPModel: clean against degraded or wrongly captioned renders (Bradley–Terry)."""
 
     task: Literal["reward"]
-    data: SceneData = SceneData()
-    clip: str
+    data: SceneData | Literal["digits"] = SceneData()
+    clip: str | None = Field(None, description="where the CLIPModel starts from; None for digits, whose reward is a classifier")
     temperature: float = Field(4.0, gt=0, description="points of 100 × cosine that make odds of e")
     optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _has_start(self) -> RewardRecipe:
+        if self.data != "digits" and self.clip is None:
+            raise ValueError("a reward on scenes needs clip, the folder of a CLIPModel")
+        return self
 
 
 class LabellerRecipe(Base):

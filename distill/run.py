@@ -26,7 +26,7 @@ from distill.config import RecipeError, load_recipe
 TASKS = {
     "vae": "distill.tasks.vae:VaeTask",
     "clip": "distill.tasks.clip:ClipTask",
-    "reward": "distill.tasks.reward:RewardTask",
+    "reward": "distill.tasks.reward:reward_task",
     "labeller": "distill.tasks.labeller:LabellerTask",
     "diffusion": "distill.tasks.diffusion:DiffusionTask",
     "distill": "distill.tasks.distillation:DistillationTask",
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         recipe = load_recipe(options.recipe, options.overrides)

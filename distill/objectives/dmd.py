@@ -1,0 +1,90 @@
+"""DMD2's two losses, with AMD's operator in the place of the displacement. Pure in everything but network calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from distill import math
+from distill.families.base import Condition, Prediction, coefficients
+from distill.objectives.plan import Hook, Rollout, Telemetry, fake_weight, student_weights
+
+
+def student_loss(
+    family: Any,
+    teacher: nn.Module,
+    fake: nn.Module,
+    rollout: Rollout,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    guidance: float,
+    hooks: Sequence[Hook] = (),
+) -> tuple[Tensor, Telemetry]:
+    """L = ½·mean‖x − sg[x + H/n]‖² with H = β(x_c − x_f) + α(ω − 1)(x_c − x_u) at x_t = α_t·x + σ_t·ε.
+
+    (DMD2 Eq. 7 with AMD Eq. 10; α = β = 1 without hooks.) t: (B,) in the model's time, noise like x. Gradients flow
+    into rollout.x alone: teacher, fake and weights are detached. n is the per-sample normaliser of unmodified guidance.
+    """
+    with torch.no_grad():
+        alpha_t, sigma_t = coefficients(family.schedule, t)
+        x_t = math.add_noise(rollout.samples, noise, alpha_t, sigma_t)
+        x_c, x_u = _both(family, teacher, x_t, t, rollout.condition)
+        x_f = family.predict(fake, x_t, t, rollout.condition).x0
+        alpha, beta = student_weights(hooks, rollout)
+        dm, ca = math.dm_displacement(x_c, x_f), math.ca_displacement(x_c, x_u)
+        scale = math.normaliser(rollout.samples, math.guide(x_u, x_c, guidance))
+        h = math.operator(dm, ca, guidance=guidance, alpha=alpha, beta=beta)
+        step = h / math.expand(scale, h)
+    loss = math.pseudo_target_loss(rollout.x, step).mean()
+    for extra in (hook.extra_student_loss(rollout) for hook in hooks):
+        if extra is not None:
+            loss = loss + extra
+    telemetry: Telemetry = {
+        "dm_norm": dm.flatten(1).norm(dim=1).mean(),
+        "ca_norm": ca.flatten(1).norm(dim=1).mean(),
+        "dm_ca_cos": cosine_similarity(dm.flatten(1), ca.flatten(1)).mean(),
+        "normaliser": scale.mean(),
+        "alpha": alpha.mean(),
+        "beta": beta.mean(),
+        "x_std": rollout.samples.std(),
+    }
+    return loss, telemetry
+
+
+def fake_loss(
+    family: Any, fake: nn.Module, rollout: Rollout, t: Tensor, noise: Tensor, *, hooks: Sequence[Hook] = ()
+) -> tuple[Tensor, Telemetry]:
+    """L = mean_i W_i·‖m_φ(x_t, t, c) − target‖² in the family's own parametrisation, on detached student samples.
+
+    W = 1 without hooks (DMD2 Eq. 6); AMD's sharpening puts exp(−a) there.
+    """
+    alpha_t, sigma_t = coefficients(family.schedule, t)
+    x = rollout.samples
+    output = native(family, family.predict(fake, math.add_noise(x, noise, alpha_t, sigma_t), t, rollout.condition))
+    errors = (output - math.target_for(family.prediction, x, noise, alpha_t, sigma_t)).pow(2).flatten(1).mean(1)
+    weight = fake_weight(hooks, rollout)
+    loss = (weight * errors).mean()
+    for extra in (hook.extra_fake_loss(rollout) for hook in hooks):
+        if extra is not None:
+            loss = loss + extra
+    return loss, {"fake_error": errors.mean().detach(), "w_ess": math.effective_sample_size(weight)}
+
+
+def native(family: Any, prediction: Prediction) -> Tensor:
+    """A prediction in the parametrisation that the family's networks output."""
+    if family.prediction == "flow":
+        return prediction.eps - prediction.x0
+    return prediction.eps if family.prediction == "epsilon" else prediction.v
+
+
+def _both(family: Any, teacher: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """The teacher's clean estimates with and without the condition, in one call of twice the batch."""
+    empty = family.unconditional(len(x_t))
+    joined = {key: torch.cat((value, empty[key])) for key, value in condition.items()}
+    x0 = family.predict(teacher, torch.cat((x_t, x_t)), torch.cat((t, t)), joined).x0
+    return x0[: len(x_t)], x0[len(x_t) :]

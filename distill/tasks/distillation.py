@@ -1,0 +1,187 @@
+"""Few-step distillation of a teacher bundle into a student bundle: DMD2's update plan with the recipe's hooks.
+
+    python -m distill.run recipes/scenes-amd.yaml
+
+Per iteration a number of steps K and a step k of its grid are drawn, the student's earlier steps are simulated without
+a graph (backward simulation, DMD2 §4.5), and the sample x of step k serves the student's phase (every
+``fake_per_student`` iterations), the fake score's phase (always) and the reward.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.bundle import Bundle, Manifest, Sampler, write_manifest
+from distill.config import DistillRecipe
+from distill.families.base import coefficients
+from distill.families.sdxl import Sdxl
+from distill.families.sit import Sit
+from distill.math import add_noise, group_advantage
+from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
+from distill.objectives.dmd import fake_loss, student_loss
+from distill.objectives.plan import Hook, Rollout
+from distill.rewards import load_reward
+from distill.run import provenance
+from distill.sampling import student_table
+from distill.tasks.common import autocast, freeze, to_uint8
+from distill.tasks.diffusion import draw_times, sample
+from distill.tasks.samples import samples_for
+from distill.trainer import Phase, Telemetry, generator, seeded
+
+
+class DistillationTask:
+    """The roles are the student and the fake score, both copies of the teacher at first."""
+
+    def __init__(self, recipe: DistillRecipe) -> None:
+        self.recipe = recipe
+        self.bundle = Bundle.open(recipe.teacher)
+        loader = {"sdxl": Sdxl, "sit": Sit}[self.bundle.manifest.family]
+        self.family: Any
+        self.family, teacher = loader.from_folder(recipe.teacher)
+        self.teacher = freeze(teacher)
+        self.student, self.fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.roles: dict[str, nn.Module] = {"student": self.student, "fake": self.fake}
+        for module in self.roles.values():
+            module.train().requires_grad_(True)
+        self.optimizers = {"student": recipe.student, "fake": recipe.fake}
+        self.samples = samples_for(recipe.data, recipe.seed, self.family)
+        self.reward = load_reward(recipe.advantage.reward) if recipe.advantage else None
+        self.heldout = [load_reward(folder) for folder in recipe.heldout_rewards]
+        self.hooks = hooks_of(recipe)
+        self._rollouts: dict[int, Rollout] = {}
+        self._telemetry: dict[str, Tensor | float] = {}
+
+    # --- one iteration ---------------------------------------------------------------------------------------------
+
+    def phases(self, iteration: int) -> list[Phase]:
+        self._rollouts, self._telemetry = {}, {}
+        r = self.recipe
+        trains_student = iteration >= r.fake_warmup and (iteration - r.fake_warmup) % r.fake_per_student == 0
+        plan = [Phase("student", lambda micro: self._student(iteration, micro))] if trains_student else []
+        return [*plan, Phase("fake", lambda micro: self._fake(iteration, micro))]
+
+    def _student(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
+        r = self.recipe
+        rollout = self._rollout(iteration, micro, graph=True)
+        rng = generator(r.seed, iteration, micro, "student")
+        t = draw_times(self.family.schedule, len(rollout.x), rng, *r.time_range)
+        noise = torch.randn(rollout.x.shape, generator=rng)
+        with autocast(r.precision):
+            loss, telemetry = student_loss(
+                self.family, self.teacher, self.fake, rollout, t, noise, guidance=r.guidance, hooks=self.hooks
+            )
+        rollout.x = rollout.x.detach()  # the fake's phase re-uses the sample, not its graph
+        return loss, telemetry | self._telemetry
+
+    def _fake(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
+        r = self.recipe
+        rollout = self._rollouts.get(micro) or self._rollout(iteration, micro, graph=False)
+        rng = generator(r.seed, iteration, micro, "fake")
+        t = draw_times(self.family.schedule, len(rollout.x), rng)
+        noise = torch.randn(rollout.x.shape, generator=rng)
+        with autocast(r.precision):
+            loss, telemetry = fake_loss(self.family, self.fake, rollout, t, noise, hooks=self.hooks)
+        return loss, telemetry | self._telemetry
+
+    def _rollout(self, iteration: int, micro: int, *, graph: bool) -> Rollout:
+        """Draw prompts, K and k, simulate the steps before k, and predict the clean sample of step k."""
+        r, family = self.recipe, self.family
+        size = r.batch_size // r.accumulate
+        group = r.advantage.group if r.advantage else 1
+        prompts = [p for p in self.samples.conditions(iteration, micro, size // group) for _ in range(group)]
+        condition = family.encode(prompts)
+        choice = seeded(r.seed, iteration, "step")
+        weights = r.step_weights or (1.0,) * len(r.steps)
+        steps = int(choice.choice(r.steps, p=[w / sum(weights) for w in weights]))
+        index = int(choice.integers(steps))
+        rng = generator(r.seed, iteration, micro, "rollout")
+        grid = torch.from_numpy(family.schedule.grid(steps))
+        x = torch.randn(size, *family.latent_shape(), generator=rng)
+        with autocast(r.precision):
+            with torch.no_grad():
+                for i in range(index):
+                    x0 = family.predict(self.student, x, grid[i].expand(size), condition).x0
+                    alpha, sigma = coefficients(family.schedule, grid[i + 1].expand(size))
+                    x = add_noise(x0, torch.randn(x.shape, generator=rng), alpha, sigma)
+            with torch.set_grad_enabled(graph):
+                x0 = family.predict(self.student, x, grid[index].expand(size), condition).x0
+        rollout = Rollout(x0, condition, prompts, steps, index, lambda: self._advantage(micro))
+        self._rollouts[micro] = rollout
+        return rollout
+
+    @torch.no_grad()
+    def _advantage(self, micro: int) -> Tensor:
+        """Raw group advantages of a micro-batch, computed once; a reward that is not finite counts as advantage 0."""
+        settings, rollout = self.recipe.advantage, self._rollouts[micro]
+        if settings is None or self.reward is None:
+            raise ValueError("this recipe has no advantage; add advantage.reward")
+        with autocast(self.recipe.precision):
+            images = to_uint8(self.family.decode(rollout.samples))
+        rewards = self.reward.score(images, rollout.prompts).float()
+        finite = rewards.isfinite()
+        advantage = group_advantage(
+            torch.where(finite, rewards, rewards[finite].mean()), settings.group, sigma_floor=settings.sigma_floor
+        )
+        advantage = torch.where(finite, advantage, 0.0)
+        grouped = rewards.reshape(-1, settings.group)
+        self._telemetry = {
+            "reward": rewards[finite].mean(),
+            "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
+            "reward_not_finite": float((~finite).sum()),
+            "advantage_clipped": (advantage.abs() > 1).float().mean(),
+        }
+        for judge in self.heldout:
+            self._telemetry[f"heldout/{judge.name}"] = judge.score(images, rollout.prompts).mean()
+        rollout.advantage = lambda: advantage
+        return advantage
+
+    # --- results ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """One row of pictures per number of steps."""
+        conditions = self.samples.preview_conditions()
+        encoded, pictures = self.family.encode(conditions), []
+        for steps in self.recipe.steps:
+            table = self._table(steps)
+            with autocast(self.recipe.precision):
+                latents = sample(self.family, self.student, table, encoded, list(range(len(conditions))))
+                pictures.append(to_uint8(self.family.decode(latents.float())))
+        return torch.cat(pictures)
+
+    def _table(self, steps: int) -> Any:
+        schedule = self.family.schedule
+        return student_table(schedule, self.family.prediction, schedule.grid(steps))
+
+    def finish(self, output: Path) -> None:
+        self.family.save(self.student, output)
+        teacher = self.bundle.manifest
+        manifest = Manifest(
+            name=output.name,
+            samplers={n: Sampler.of(self._table(n)) for n in sorted(self.recipe.steps)},
+            default_steps=max(self.recipe.steps),
+            examples=teacher.examples,
+            provenance={
+                "student": provenance(self.recipe),
+                "teacher_digest": self.bundle.digest,
+                **teacher.provenance,
+            },
+            **self.family.describe(),
+        )
+        write_manifest(output, manifest)
+
+
+def hooks_of(recipe: DistillRecipe) -> list[Hook]:
+    """The hooks that a recipe names; none is DMD2."""
+    hooks: list[Hook] = []
+    if recipe.adaptation:
+        hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength))
+    if recipe.sharpening and recipe.advantage:
+        group = recipe.advantage.group if recipe.sharpening.normalised else None
+        hooks.append(RepulsiveSharpening(clipped=recipe.sharpening.clipped, group=group))
+    return hooks
