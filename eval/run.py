@@ -33,7 +33,7 @@ from eval.store import RunInfo, Store
 
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
-_JUDGED = {"fid", "kid", "reward", "composition"}
+_JUDGED = {"fid", "kid", "reward", "composition", "digit-accuracy"}
 """Metrics that load a network from the folder of judges."""
 _PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "pillow")
 

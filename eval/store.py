@@ -2,8 +2,8 @@
 
     runs      id, label, status (running | complete | failed), error, started, finished (UTC, ISO 8601), command,
               suite, resolved_json (the suite in full), world, source_json (name; identity: kind, digest, runtime,
-              steps, guidance …; about: path, provenance …), hardware_json, versions_json, revision, dirty (code differed from the revision),
-              expected, scored, failed (numbers of samples)
+              steps, guidance …; about: path, provenance …), hardware_json, versions_json, revision, dirty (the code
+              differed from the revision), expected, scored, failed (numbers of samples)
     samples   run, position, prompt_id, prompt, seed: one row per sample in order
     results   run, metric, value, low, high, se, n, clusters, direction, unit, smallest_n, trained_on,
               per_sample_kind (value | influence), protocol_json, parts_json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.metrics import composition, fid, latency, reward
+from eval.metrics import composition, digits, fid, latency, reward
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
-__all__ = ["Metric", "Samples", "Score", "composition", "create", "fid", "latency", "registered", "reward"]
+__all__ = ["Metric", "Samples", "Score", "composition", "create", "digits", "fid", "latency", "registered", "reward"]

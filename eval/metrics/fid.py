@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +31,13 @@ _KID_SUBSETS, _KID_SUBSET_SIZE, _KID_SEED = 100, 1000, 2020
 LOADERS: dict[str, Callable[[Path], nn.Module]] = {}
 
 
-def register_extractor(name: str) -> Callable[[Callable[[Path], nn.Module]], Callable[[Path], nn.Module]]:
+M = TypeVar("M", bound=nn.Module)
+
+
+def register_extractor(name: str) -> Callable[[Callable[[Path], M]], Callable[[Path], M]]:
     """Make a feature extractor known: a function from the judge's folder to a module uint8 (B,3,H,W) -> (B, D)."""
 
-    def add(loader: Callable[[Path], nn.Module]) -> Callable[[Path], nn.Module]:
+    def add(loader: Callable[[Path], M]) -> Callable[[Path], M]:
         LOADERS[name] = loader
         return loader
 
@@ -163,6 +166,21 @@ class Reference:
         return np.asarray(found, dtype=np.float64)
 
 
+class DigitsReference:
+    """All 1,797 scans of the digits, which is what their generators learn: too few to keep some of them out."""
+
+    protocol: ClassVar[dict[str, Any]] = {"world": "digits", "count": 1797}
+
+    def features(self, extractor: Extractor, size: int) -> NDArray[np.float64]:
+        """(1797, D) features; size must be that of the scans."""
+        from distill.data.digits import SIZE, load_digits
+        from eval.metrics.digits import as_pictures
+
+        if size != SIZE:
+            raise EvalError(f"pictures are {size}×{size} but digits are {SIZE}×{SIZE}; make them at that size")
+        return extractor(as_pictures(load_digits("all")[0])).astype(np.float64)
+
+
 class _Distance(Metric):
     """What FID and KID share: features of the samples, features of the reference."""
 
@@ -172,10 +190,14 @@ class _Distance(Metric):
         extractor: str | Extractor = "scenes-clip",
         reference_seed: int = EVALUATION_SEEDS.stop - 1,
         reference_count: int = 20_000,
-        reference: Reference | None = None,
+        reference_world: Literal["scenes", "digits"] = "scenes",
+        reference: Reference | DigitsReference | None = None,
     ) -> None:
         self._extractor = load_extractor(folder, extractor) if isinstance(extractor, str) else extractor
-        self._reference = reference or Reference(reference_seed, reference_count)
+        if reference_world not in ("scenes", "digits"):
+            raise EvalError(f"reference_world is {reference_world!r}; use scenes or digits")
+        scenes = reference_world == "scenes"
+        self._reference = reference or (Reference(reference_seed, reference_count) if scenes else DigitsReference())
         self._parts: list[NDArray[np.float32]] = []
         self._clusters: list[str] = []
         self._size: int | None = None

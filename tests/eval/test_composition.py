@@ -26,6 +26,7 @@ class Seen:
     material: str = "metal"
     x: float = 0.0
     z: float = 0.0
+    score: float = 1.0
 
 
 BALL = Seen("sphere", "red", x=-1.0, z=0.5)
@@ -58,6 +59,12 @@ def test_wrong_counts_are_wrong() -> None:
     assert judge([BALL], FACTS).rates["colour"] == 0.5
     assert judge([BALL], FACTS).rates["relation"] == 0.0
     assert judge([BALL, CUBE, CUBE], FACTS).rates["relation"] == 1.0
+
+
+def test_a_cluttered_picture_is_judged_at_once_by_its_surest_things() -> None:
+    clutter = [Seen("cylinder", "gray", score=0.6)] * 100
+    verdict = judge([*clutter, BALL, CUBE], FACTS)
+    assert not verdict.right and not verdict.count and verdict.rates["colour"] == 1.0
 
 
 def test_a_swapped_relation_is_wrong() -> None:

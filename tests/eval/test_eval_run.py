@@ -52,7 +52,7 @@ def suite_file(folder: Path, metrics: dict[str, Any] | None = None, **changes: A
         "name": "tiny",
         "description": "for tests",
         "world": "scenes",
-        "prompts": {"seed": 7_600_000, "count": 6, "things": [1, 2]},
+        "prompts": {"seed": 7_650_000, "count": 6, "things": [1, 2]},
         "metrics": metrics or {"test-brightness": {}},
         "batch": 4,
     }
@@ -175,7 +175,7 @@ def test_renders_are_the_pictures_of_the_prompts_own_scenes(prompts: list[Prompt
     from distill.data.scenes import render, sample_scene
 
     made = open_source("renders").make(prompts)
-    expected = render([sample_scene(7_600_000, i, count=(1, 2)[i % 2]) for i in range(6)]).numpy()
+    expected = render([sample_scene(7_650_000, i, count=(1, 2)[i % 2]) for i in range(6)]).numpy()
     np.testing.assert_array_equal(made, expected)
     with pytest.raises(EvalError, match="world scenes"):
         open_source("renders").make([Prompt("digits-0-1", "7", 0, label=7)])
@@ -316,7 +316,7 @@ def test_results_show_rows_differences_and_commands(
     assert delta.interval.value == pytest.approx(a["value"] - b["value"])
     assert f"{delta.interval.value:+.3f} [{delta.interval.low:+.3f}" in text
     assert "| absent | – |" in text and "| two − absent | – |" in text
-    assert "7600000 … 7600005" in text and "--steps 2 --label two" in text
+    assert "7650000 … 7650005" in text and "--steps 2 --label two" in text
     assert results.main([*arguments[:1], str(tmp_path / "no.sqlite"), *arguments[2:]]) == 3
     assert "score something first" in capsys.readouterr().err
 
