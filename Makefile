@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SPEC := pyproject.toml constraints.txt
 MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher scenes-dmd2 scenes-amd \
-	digits-teacher digits-amd
+	digits-reward digits-teacher digits-dmd2 digits-amd
 
 .DELETE_ON_ERROR:
 .PHONY: serve setup-serve setup test lint format models $(MODELS) clean help
@@ -61,6 +61,8 @@ models: setup
 
 $(MODELS): setup
 	$(BIN)/python -m distill.run recipes/$@.yaml --resume
+	for bundle in $$(sed -n 's/^output: //p' recipes/$@.yaml); do \
+		if [ -f $$bundle/bundle.json ]; then $(BIN)/python -m distill.export $$bundle --to onnx; fi; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/scenes-amd.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as student.clip=1")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of this run")
+    parser.add_argument("--resume", action="store_true", help="continue from this run's newest checkpoint, if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_intermixed_args(arguments)
@@ -67,10 +67,11 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
     module, _, name = TASKS[recipe.task].partition(":")
     try:
         trainer = Trainer(getattr(importlib.import_module(module), name)(recipe), folder, quiet=quiet)
-        if resume:
-            print(f"resuming {recipe.name} at iteration {trainer.resume()}")
-        elif any((folder / "checkpoints").glob("step-*")):
+        begun = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step-*"))
+        if begun and not resume:
             raise TrainingError(f"{folder} holds checkpoints of an earlier run; add --resume, or delete the folder")
+        if begun:
+            print(f"resuming {recipe.name} at iteration {trainer.resume()}")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))

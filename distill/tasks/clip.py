@@ -70,8 +70,8 @@ class ClipTask:
     def __init__(self, recipe: ClipRecipe) -> None:
         self.recipe = recipe
         output = Path(recipe.output)
-        build_tokenizer(output, recipe.max_tokens)
-        self.tokenizer = CLIPTokenizer.from_pretrained(output)
+        build_tokenizer(output / "tokenizer", recipe.max_tokens)
+        self.tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
         torch.manual_seed(recipe.seed)
         vision = {
             "hidden_size": recipe.vision.width,
@@ -142,7 +142,6 @@ class ClipTask:
     def finish(self, output: Path) -> None:
         print(f"right caption preferred to one with a wrong fact: {100 * self.pair_accuracy():.1f} % of 512 held-out scenes")
         self.clip.save_pretrained(output)
-        self.tokenizer.save_pretrained(output / "tokenizer")
         small = CLIPTextModel(self.small.config)
         body = {k: v for k, v in self.small.state_dict().items() if k.startswith("text_model.")}
         small.load_state_dict({k.removeprefix("text_model."): v for k, v in body.items()})
