@@ -2,25 +2,25 @@
 
     python -m eval.metrics.digits --out models/digits-cnn      # trains it in seconds and says how good it is
 
-It is trained on the training scans of scikit-learn's digits and measured on the held-out ones. Its own accuracy is the
+It has the architecture of the digits' reward but is another network: a student that learns to please its reward must
+still convince this one. It is trained on the training scans and measured on the held-out ones; that accuracy is the
 ceiling of every score that it gives and is kept beside its weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.data.digits import NUM_CLASSES, SIZE, load_digits
+from distill.data.digits import SIZE, load_digits
+from distill.rewards import DigitClassifier
 from eval import judges
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
@@ -28,32 +28,25 @@ from eval.metrics.composition import proportion
 from eval.metrics.fid import register_extractor
 
 NAME = "digits-cnn"
-FEATURES = 64
-_EPOCHS, _BATCH, _LEARNING_RATE = 40, 100, 2e-3
+_EPOCHS, _BATCH, _LEARNING_RATE = 25, 100, 2e-3
 
 
-class DigitsCnn(nn.Module):
-    """Two convolutions and a hidden layer. forward gives the hidden layer, classify the logits."""
+class Features(nn.Module):
+    """The classifier's penultimate layer, as a feature extractor: (B, 3, 8, 8) uint8 -> (B, 64)."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: DigitClassifier) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 32, 3, padding=1)
-        self.second = nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * (SIZE // 2) ** 2, FEATURES)
-        self.last = nn.Linear(FEATURES, NUM_CLASSES)
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, FEATURES) float32. Colour is averaged, another size is averaged to 8 × 8."""
-        ink = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
-        if ink.shape[-2:] != (SIZE, SIZE):
-            ink = F.interpolate(ink, (SIZE, SIZE), mode="area")
-        found = F.max_pool2d(F.relu(self.second(F.relu(self.first(ink)))), 2)
-        return F.relu(self.hidden(found.flatten(1)))
+        return self.model.features(_scans(images))
 
-    def classify(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, 10) logits."""
-        logits: Tensor = self.last(self(images))
-        return logits
+
+def _scans(images: Tensor) -> Tensor:
+    if images.shape[-2:] != (SIZE, SIZE):
+        height, width = images.shape[-2:]
+        raise EvalError(f"pictures are {width}×{height} but digits are {SIZE}×{SIZE}; make them at that size")
+    return images
 
 
 def as_pictures(scans: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -61,47 +54,49 @@ def as_pictures(scans: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.repeat(((scans + 1) * 127.5).round().clip(0, 255).astype(np.uint8), 3, axis=1)
 
 
-def train(seed: int = 0, epochs: int = _EPOCHS) -> DigitsCnn:
+def train(seed: int = 0, epochs: int = _EPOCHS) -> DigitClassifier:
     """A classifier of the training scans, shifted by up to one pixel; the same seed gives the same weights."""
     scans, labels = load_digits("train")
     pictures, targets = torch.from_numpy(as_pictures(scans)), torch.from_numpy(labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DigitsCnn()
+        model = DigitClassifier(name=NAME)
         optimizer = torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
         for _ in range(epochs):
             for index in torch.randperm(len(pictures)).split(_BATCH):
                 dx, dy = torch.randint(-1, 2, (2,)).tolist()
                 shifted = torch.roll(pictures[index], (dy, dx), dims=(2, 3))
-                loss = F.cross_entropy(model.classify(shifted), targets[index])
+                loss = F.cross_entropy(model(shifted), targets[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
     return model.eval()
 
 
-def read(model: DigitsCnn, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
+def read(model: DigitClassifier, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
     """(B,) the digit that each of (B, 3, H, W) uint8 shows."""
     with torch.inference_mode():
-        answers: NDArray[np.int64] = model.classify(torch.tensor(pictures)).argmax(dim=1).numpy()
+        answers: NDArray[np.int64] = model(_scans(torch.tensor(pictures))).argmax(dim=1).numpy()
     return answers
 
 
-def held_out_accuracy(model: DigitsCnn) -> tuple[int, int]:
+def held_out_accuracy(model: DigitClassifier) -> tuple[int, int]:
     """How many held-out scans are classified rightly, and how many there are."""
     scans, labels = load_digits("held_out")
     return int(np.sum(read(model, as_pictures(scans)) == labels)), len(labels)
 
 
 @register_extractor(NAME)
-def load(path: Path) -> DigitsCnn:
+def load_features(path: Path) -> Features:
+    """The feature extractor in a judge's folder."""
+    return Features(load(path))
+
+
+def load(path: Path) -> DigitClassifier:
     """The classifier in a judge's folder."""
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        raise EvalError(f"{weights} is missing; make it with: python -m eval.metrics.digits --out {path}")
-    model = DigitsCnn()
-    model.load_state_dict(load_file(weights))
-    return model.eval()
+    if not (path / "config.json").is_file():
+        raise EvalError(f"{path / 'config.json'} is missing; make it with: python -m eval.metrics.digits --out {path}")
+    return DigitClassifier.load(path)
 
 
 @register
@@ -139,10 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     model = train(args.seed)
     right, count = held_out_accuracy(model)
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), args.out / "model.safetensors")
-    card = {"seed": args.seed, "held_out_right": right, "held_out_count": count}
-    (args.out / "judge.json").write_text(json.dumps(card, indent=1) + "\n")
+    model.save(args.out, right / count)
     print(f"right on {right} of {count} held-out scans ({100 * right / count:.1f} %)\nwrote {args.out}")
     return 0
 

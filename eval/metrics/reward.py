@@ -9,25 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval import judges
+from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
 from eval.statistics import bootstrap_mean
 
 
 class Scorer(Protocol):
-    """A reward: score(images (B, 3, H, W) uint8, prompts) -> (B,)."""
+    """A reward: score(images (B, 3, H, W) uint8, captions or labels) -> (B,)."""
 
     name: str
 
-    def score(self, images: Any, prompts: Sequence[str]) -> Any: ...
+    def score(self, images: Any, conditions: Sequence[Any]) -> Any: ...
 
 
 @register
 class Reward(PerSampleMetric):
-    """Mean reward over prompts, 100 × cosine of picture and caption for the embedded one."""
+    """Mean reward over prompts: 100 × cosine of picture and caption for scenes, log p(label) for digits."""
 
     name = "reward"
     direction = "higher"
-    unit = "100·cos"
+    unit = ""
     smallest_n = 200
 
     def __init__(
@@ -45,8 +46,9 @@ class Reward(PerSampleMetric):
     def update(self, samples: Samples) -> None:
         import torch
 
+        conditions = [prompt.text if prompt.label is None else prompt.label for prompt in samples.prompts]
         with torch.inference_mode():
-            scores = self._scorer.score(torch.from_numpy(samples.images), [p.text for p in samples.prompts])
+            scores = self._scorer.score(torch.from_numpy(samples.images), conditions)
         self._add(np.asarray(scores, dtype=np.float64), samples)
 
     def compute(self) -> Score:
@@ -60,6 +62,9 @@ class Reward(PerSampleMetric):
 def load_reward(folder: Path | None, judge: str) -> tuple[Scorer, str]:
     """The reward in a folder of judges and the digest of its files."""
     path = judges.find(folder, judge)
-    from distill.rewards import ClipReward
+    from distill.rewards import load_reward as load
 
-    return ClipReward.load(path), judges.digest(path)
+    try:
+        return load(path), judges.digest(path)
+    except (ValueError, OSError) as error:
+        raise EvalError(f"{path} does not load as a reward: {error}") from None

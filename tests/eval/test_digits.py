@@ -66,11 +66,10 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="digits-cnn is missing"):
         create("digit-accuracy", folder=tmp_path)
     (tmp_path / "digits-cnn").mkdir()
-    with pytest.raises(
-        EvalError, match=r"model\.safetensors is missing; make it with: python -m eval\.metrics\.digits"
-    ):
+    with pytest.raises(EvalError, match=r"config\.json is missing; make it with: python -m eval\.metrics\.digits"):
         create("digit-accuracy", folder=tmp_path)
     wrong = create("fid", folder=folder, extractor="digits-cnn", reference_world="digits")
-    wrong.update(Samples(np.zeros((2, 3, 16, 16), np.uint8), tuple(Prompt(f"p{i}", "1", i, label=1) for i in (0, 1))))
-    with pytest.raises(EvalError, match="16×16 but digits are 8×8"):
-        wrong.compute()
+    prompts = tuple(Prompt(f"p{i}", "1", i, label=1) for i in (0, 1))
+    for judge in (wrong, metric):
+        with pytest.raises(EvalError, match="16×16 but digits are 8×8"):
+            judge.update(Samples(np.zeros((2, 3, 16, 16), np.uint8), prompts))

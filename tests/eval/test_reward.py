@@ -36,9 +36,9 @@ class Broken(RedOnRequest):
         return super().score(images, prompts)[:-1]
 
 
-def samples(count: int, red: int, colour: str = "red") -> Samples:
+def samples(count: int, red: int, colour: str = "red", size: int = 64) -> Samples:
     assert colour in COLOURS
-    images = np.random.default_rng(0).integers(0, 40, (count, 3, 8, 8)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 40, (count, 3, size, size)).astype(np.uint8)
     images[:, 0] += red
     return Samples(images, tuple(Prompt(f"p{i}", f"a {colour} cube", i) for i in range(count)))
 
@@ -73,6 +73,29 @@ def test_training_on_the_reward_is_marked(tmp_path: Path) -> None:
     source.about = {"provenance": {"recipe": {"advantage": None}}}
     assert not _was_trained_on(source, "scenes-reward")
     assert score(samples(3, 1), 3, trained_on=True).trained_on
+
+
+def test_the_embedded_reward_is_one_hundred_cosines(judges_folder: Path) -> None:
+    """Through the real reward and a real CLIPModel folder, against transformers' own features."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    made = samples(4, 60)
+    metric = create("reward", folder=judges_folder)
+    metric.update(made)
+    path = judges_folder / "scenes-reward"
+    clip, tokenizer = CLIPModel.from_pretrained(path).eval(), CLIPTokenizer.from_pretrained(path / "tokenizer")
+    tokens = tokenizer([p.text for p in made.prompts], padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        pixels = torch.from_numpy(made.images).float() / 127.5 - 1
+        out = clip(input_ids=tokens.input_ids, pixel_values=pixels)
+    expected = 100 * (out.image_embeds * out.text_embeds).sum(dim=1)
+    np.testing.assert_allclose(metric.compute().per_sample, expected.numpy(), atol=1e-3)
+
+
+def test_a_folder_without_a_reward_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scenes-reward").mkdir()
+    with pytest.raises(EvalError, match="does not load as a reward"):
+        create("reward", folder=tmp_path)
 
 
 def test_missing_scores_are_refused() -> None:
