@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distill.sampling import COEFFICIENTS, Table
+from distill.sampling import Table
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
@@ -102,14 +102,18 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {self.schema_version}; this version of Leapfrog reads {SCHEMA_VERSION}")
+            raise ValueError(
+                f"schema_version is {self.schema_version}; this version of Leapfrog reads {SCHEMA_VERSION}"
+            )
         if self.default_steps not in self.samplers:
             raise ValueError(f"default_steps is {self.default_steps}; samplers has {sorted(self.samplers)}")
         for steps, sampler in self.samplers.items():
             if len(sampler.timesteps) != steps:
                 raise ValueError(f"samplers[{steps}] has {len(sampler.timesteps)} timesteps; give {steps}")
         if len(self.preview) != self.latent_channels + 1:
-            raise ValueError(f"preview has {len(self.preview)} rows; give latent_channels + 1 = {self.latent_channels + 1}")
+            raise ValueError(
+                f"preview has {len(self.preview)} rows; give latent_channels + 1 = {self.latent_channels + 1}"
+            )
         return self
 
 
@@ -152,7 +156,8 @@ class Bundle:
             if (engine.graph, engine.runtime) == (graph, runtime):
                 return engine
         raise BundleError(
-            f"{self.path} has no {runtime} engine for {graph!r}; run: python -m distill.export {self.path} --to {runtime}"
+            f"{self.path} has no {runtime} engine for {graph!r}; "
+            f"run: python -m distill.export {self.path} --to {runtime}"
         )
 
     @property

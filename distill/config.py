@@ -7,6 +7,7 @@ Unknown keys are refused with the nearest spelling; values are checked against t
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,7 +109,9 @@ class RewardRecipe(Base):
 
     task: Literal["reward"]
     data: SceneData | Literal["digits"] = SceneData()
-    clip: str | None = Field(None, description="where the CLIPModel starts from; None for digits, whose reward is a classifier")
+    clip: str | None = Field(
+        None, description="where the CLIPModel starts from; None for digits, whose reward is a classifier"
+    )
     temperature: float = Field(4.0, gt=0, description="points of 100 × cosine that make odds of e")
     optimizer: Optimizer
 
@@ -280,10 +283,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise RecipeError(f"override {key!r}: {part!r} holds a value, not keys")
     parsed = yaml.safe_load(value)
     if isinstance(parsed, str):
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML reads 1e-5 as text
-        except ValueError:
-            pass
     node[parts[-1]] = parsed
 
 
@@ -304,8 +305,8 @@ def _explain(tree: dict[str, Any], fault: Any) -> str:
 def _known_keys(tree: dict[str, Any], path: list[str]) -> list[str]:
     model: Any = _CLASSES.get(str(tree.get("task")), Base)
     for part in path:
-        candidates = [model] if isinstance(model, type) else []
-        model = next((_model_of(c.model_fields[part].annotation) for c in candidates if part in c.model_fields), model)
+        if part in model.model_fields:
+            model = _model_of(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 

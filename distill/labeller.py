@@ -52,7 +52,7 @@ class Labeller(nn.Module):
         self.head = nn.Conv2d(2 * width, _CHANNELS, 1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) float in [−1, 1]. Returns logits (B, k, H/4, W/4) per attribute, "object", "position"."""
+        """images: (B, 3, H, W) in [−1, 1]. Returns logits (B, k, H/4, W/4) per attribute, "object" and "position"."""
         out = self.head(self.body(self.stem(images)))
         sizes = [1, *(len(values) for _, values in ATTRIBUTES), 2]
         names = ["object", *(name for name, _ in ATTRIBUTES), "position"]

@@ -1,8 +1,8 @@
 """Train from a recipe.
 
-    python -m distill.run recipes/digits-teacher.yaml                      # minutes on two cores
-    python -m distill.run recipes/scenes-amd.yaml student.learning_rate=1e-5 --resume
-    python -m distill.run recipes/scenes-amd.yaml --dry-run                # the resolved recipe, nothing else
+python -m distill.run recipes/digits-teacher.yaml                      # minutes on two cores
+python -m distill.run recipes/scenes-amd.yaml student.learning_rate=1e-5 --resume
+python -m distill.run recipes/scenes-amd.yaml --dry-run                # the resolved recipe, nothing else
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/scenes-amd.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as student.clip=1")
-    parser.add_argument("--resume", action="store_true", help="continue from this run's newest checkpoint, if there is one")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from this run's newest checkpoint, if there is one"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_intermixed_args(arguments)
@@ -115,12 +117,18 @@ def _check_inputs(recipe: Any) -> None:
     """Folders that a recipe reads must exist before any work."""
     for key, value in _inputs(recipe):
         if not Path(value).is_dir():
-            raise RecipeError(f"{key}: there is no folder {value!r}; train it first (recipes/ has one recipe per folder)")
+            raise RecipeError(
+                f"{key}: there is no folder {value!r}; train it first (recipes/ has one recipe per folder)"
+            )
 
 
 def _inputs(recipe: Any) -> list[tuple[str, str]]:
     found = []
-    for owner, prefix in ((recipe, ""), (getattr(recipe, "model", None), "model."), (getattr(recipe, "advantage", None), "advantage.")):
+    for owner, prefix in (
+        (recipe, ""),
+        (getattr(recipe, "model", None), "model."),
+        (getattr(recipe, "advantage", None), "advantage."),
+    ):
         for key in ("clip", "teacher", "vae", "text_encoder", "text_encoder_2", "reward"):
             value = getattr(owner, key, None)
             if isinstance(value, str):

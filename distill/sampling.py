@@ -27,7 +27,8 @@ PREDICTIONS = ("epsilon", "v", "flow")
 class Schedule(Protocol):
     """Noise schedule x_t = α(t)·x0 + σ(t)·ε in the model's own time."""
 
-    t_max: float
+    @property
+    def t_max(self) -> float: ...
 
     def alpha(self, t: Array) -> Array: ...
 

@@ -115,7 +115,9 @@ class Trainer:
                 if self.iteration % recipe.save_every == 0 or last or self._stop is not None:
                     self.save()
                 if self._stop is not None and not last:
-                    log.warning("stopped by signal %d at iteration %d; continue with --resume", self._stop, self.iteration)
+                    log.warning(
+                        "stopped by signal %d at iteration %d; continue with --resume", self._stop, self.iteration
+                    )
                     return False
         with self.averaged():
             output = Path(recipe.output)
@@ -132,7 +134,7 @@ class Trainer:
                 group["lr"] = rate
             for micro in range(self.recipe.accumulate):
                 loss, values = phase.loss(micro)
-                (loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / self.recipe.accumulate).backward()
                 telemetry.update(values)
                 telemetry[f"{phase.role}/loss"] = loss.detach()
             norm = nn.utils.clip_grad_norm_(self.task.roles[phase.role].parameters(), settings.clip)
@@ -150,8 +152,8 @@ class Trainer:
         saved = self._checkpoints()
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
         return TrainingError(
-            f"{self.recipe.name}: the loss or gradient of {role!r} is not finite at iteration {self.iteration}; {kept}. "
-            f"Lower {role}.learning_rate or {role}.clip and continue with --resume"
+            f"{self.recipe.name}: the loss or gradient of {role!r} is not finite at iteration {self.iteration}; "
+            f"{kept}. Lower {role}.learning_rate or {role}.clip and continue with --resume"
         )
 
     @contextlib.contextmanager
@@ -232,7 +234,9 @@ class Trainer:
             )
         state_file = saved[-1] / "state.safetensors"
         if sha256(state_file) != facts["sha256"]:
-            raise TrainingError(f"{state_file} was altered or truncated; delete {saved[-1]} to resume from an older one")
+            raise TrainingError(
+                f"{state_file} was altered or truncated; delete {saved[-1]} to resume from an older one"
+            )
         self._restore(load_file(state_file))
         self.iteration = int(facts["iteration"])
         return self.iteration
@@ -303,7 +307,7 @@ class _Sink:
             from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self.writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
         self.file = (folder / "log.jsonl").open("a")
         self.values: dict[str, list[Tensor | float]] = {}
         self.since, self.start = iteration, time.monotonic()
@@ -319,7 +323,7 @@ class _Sink:
         self.file.write(json.dumps({"iteration": iteration, "time": time.time(), **means}) + "\n")
         self.file.flush()
         for name, value in means.items():
-            self.writer.add_scalar(name, value, iteration)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, iteration)
         self.values, self.since, self.start = {}, iteration, time.monotonic()
         return {k: f"{v:.4g}" for k, v in means.items() if k.endswith("loss")}
 
@@ -328,11 +332,11 @@ class _Sink:
         path.parent.mkdir(exist_ok=True)
         sheet = grid(images)
         Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
-        self.writer.add_image("preview", sheet, iteration)  # type: ignore[no-untyped-call]
+        self.writer.add_image("preview", sheet, iteration)
 
     def close(self) -> None:
         self.file.close()
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:

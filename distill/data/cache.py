@@ -18,6 +18,8 @@ from distill.data import scenes
 CACHE = Path(os.environ.get("LEAPFROG_CACHE", "runs/cache"))
 WORLD_VERSION = 1
 """Raise it when a change of distill.data.scenes changes pictures, so that cached ones are not reused."""
+HELD_OUT_SEED = 9_001
+"""A stream of scenes that no training uses."""
 _CHUNK = 256
 
 
@@ -38,7 +40,7 @@ def cached_array(
             array[start:stop] = fill(start, stop)
         array.flush()
         os.replace(temporary, path)
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+    return np.load(path, mmap_mode="r")
 
 
 def scene_images(seed: int, count: int, size: int = 64, combinations: str = "trained") -> NDArray[np.uint8]:

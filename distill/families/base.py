@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.bundle import Manifest
 from distill.math import expand
 from distill.sampling import Schedule
 
@@ -107,7 +106,7 @@ def preview_matrix(latents: Tensor, images: Tensor) -> tuple[tuple[float, float,
 
     latents: (B, C, h, w) in model scale; images: (B, 3, H, W) in [−1, 1].
     """
-    small = nn.functional.adaptive_avg_pool2d(images.float(), latents.shape[-2:])
+    small = nn.functional.adaptive_avg_pool2d(images.float(), (latents.shape[-2], latents.shape[-1]))
     x = latents.float().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     x = torch.cat((x, torch.ones(len(x), 1)), 1)
     y = small.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).reshape(-1, 3)

@@ -6,6 +6,7 @@ Traps kept in one place: the unconditional input is zeros for text and pooled te
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.config import SdxlSource, UnetModel
+from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.export.folder import save_pipeline
 from distill.families.base import Condition, Prediction, as_prediction, coefficients, preview_matrix
 from distill.sampling import ScaledLinear
-from distill.tasks.common import freeze
+from distill.tasks.common import freeze, to_float
 
 
 class Sdxl:
@@ -32,13 +34,16 @@ class Sdxl:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        tokenizer: Any,
         unet: UnetModel | None = None,
     ) -> None:
-        self.vae, self.text_encoder, self.text_encoder_2 = freeze(vae), freeze(text_encoder), freeze(text_encoder_2)
+        """vae: AutoencoderKL; text_encoder: CLIPTextModel; text_encoder_2: CLIPTextModelWithProjection."""
+        self.vae: Any = freeze(vae)
+        self.text_encoder: Any = freeze(text_encoder)
+        self.text_encoder_2: Any = freeze(text_encoder_2)
         self.tokenizer, self.schedule, self._unet = tokenizer, ScaledLinear(), unet
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = int(vae.config.sample_size)
@@ -57,7 +62,7 @@ class Sdxl:
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> tuple[Sdxl, UNet2DConditionModel]:
+    def from_folder(cls, folder: str | Path) -> tuple[Sdxl, Any]:
         """From a diffusers folder: the family and the network in it."""
         root = Path(folder)
         family = cls(
@@ -68,17 +73,17 @@ class Sdxl:
             ),
             CLIPTokenizer.from_pretrained(root / "tokenizer"),
         )
-        network = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32)
+        network: Any = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32)
         network.set_attn_processor(AttnProcessor())
         return family, network
 
-    def new_network(self) -> UNet2DConditionModel:
+    def new_network(self) -> Any:
         if self._unet is None:
             raise ValueError("this family was loaded from a folder, which has its network; recipes name a fresh one")
         m = self._unet
         pooled = self.text_encoder_2.config.projection_dim
         time_dim = 16
-        network = UNet2DConditionModel(
+        network: Any = UNet2DConditionModel(
             sample_size=self.size // self.stride,
             in_channels=self.vae.config.latent_channels,
             out_channels=self.vae.config.latent_channels,
@@ -156,8 +161,6 @@ class Sdxl:
         return ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
     def save(self, network: nn.Module, folder: Path) -> None:
-        import copy
-
         pipeline = StableDiffusionXLPipeline(
             vae=copy.deepcopy(self.vae),
             text_encoder=copy.deepcopy(self.text_encoder),
@@ -179,10 +182,7 @@ class Sdxl:
         save_pipeline(pipeline, folder)
 
     def describe(self) -> dict[str, Any]:
-        from distill.data.cache import scene_images
-        from distill.tasks.common import to_float
-
-        images = to_float(scene_images(9_001, 256, self.size)[:128])
+        images = to_float(scene_images(HELD_OUT_SEED, 256, self.size)[:128])
         return {
             "family": self.name,
             "task": "text-to-image",

@@ -5,6 +5,7 @@ x_t = (1 − t)·x0 + t·ε, the network predicts ε − x0 and reads 1000·t; l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ class Sit:
         self.schedule, self._model, self.size = Flow(), model, 8
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> tuple[Sit, DiTTransformer2DModel]:
+    def from_folder(cls, folder: str | Path) -> tuple[Sit, Any]:
         network = DiTTransformer2DModel.from_pretrained(Path(folder) / "transformer", torch_dtype=torch.float32)
         return cls(), _prepare(network)
 
-    def new_network(self) -> DiTTransformer2DModel:
+    def new_network(self) -> Any:
         if self._model is None:
             raise ValueError("this family was loaded from a folder, which has its network; recipes name a fresh one")
         m = self._model
@@ -86,8 +87,6 @@ class Sit:
         return ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def save(self, network: nn.Module, folder: Path) -> None:
-        import copy
-
         copy.deepcopy(network).half().save_pretrained(folder / "transformer")  # type: ignore[operator]
 
     def describe(self) -> dict[str, Any]:
@@ -103,7 +102,7 @@ class Sit:
         }
 
 
-def _prepare(network: DiTTransformer2DModel) -> DiTTransformer2DModel:
+def _prepare(network: Any) -> Any:
     """Explicit attention (see the sdxl family), and no label dropout of the network's own: tasks drop conditions."""
     for module in network.modules():
         if hasattr(module, "set_processor"):

@@ -16,15 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from distill.config import ClipRecipe, ClipTower
-from distill.data.cache import scene_images
+from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import describe
 from distill.data.tokenizer import build_tokenizer
 from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Scene, sample_scene
 from distill.tasks.common import autocast, batch_indices, to_float
-from distill.tasks.vae import HELD_OUT_SEED
 from distill.trainer import Phase, Telemetry, seeded
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -43,7 +49,8 @@ def wrong_scene(scene: Scene, rng: np.random.Generator) -> Scene:
     i = int(rng.integers(len(things)))
     field, values = [("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS)][rng.integers(4)]
     others = [value for value in values if value != getattr(things[i], field)]
-    things[i] = replace(things[i], **{field: others[rng.integers(len(others))]})
+    change: dict[str, Any] = {field: others[rng.integers(len(others))]}
+    things[i] = replace(things[i], **change)
     return replace(scene, things=tuple(things))
 
 
@@ -131,7 +138,9 @@ class ClipTask:
         rng = seeded(self.recipe.seed, "pairs")
         scenes = [sample_scene(HELD_OUT_SEED, i) for i in range(count)]
         pixels = to_float(scene_images(HELD_OUT_SEED, count, self.recipe.data.size))
-        image = normalize(self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+        image = normalize(
+            self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output), dim=-1
+        )
         scores = []
         for source in (scenes, [wrong_scene(s, rng) for s in scenes]):
             ids = self.tokens([describe(s, rng, full=True).text for s in source])
@@ -140,7 +149,9 @@ class ClipTask:
         return float((scores[0] > scores[1]).float().mean())
 
     def finish(self, output: Path) -> None:
-        print(f"right caption preferred to one with a wrong fact: {100 * self.pair_accuracy():.1f} % of 512 held-out scenes")
+        print(
+            f"prefers the right caption to one with a wrong fact in {100 * self.pair_accuracy():.1f} % of held-out scenes"
+        )
         self.clip.save_pretrained(output)
         small = CLIPTextModel(self.small.config)
         body = {k: v for k, v in self.small.state_dict().items() if k.startswith("text_model.")}

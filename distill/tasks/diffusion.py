@@ -1,6 +1,6 @@
 """Teacher training: the denoising loss of the family's own parametrisation, with dropped conditions for guidance.
 
-    python -m distill.run recipes/scenes-teacher.yaml
+python -m distill.run recipes/scenes-teacher.yaml
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class DiffusionTask:
         x_t = add_noise(x0, eps, alpha, sigma)
         with autocast(r.precision):
             prediction = family.predict(self.network, x_t, t, condition)
-        output = {"epsilon": prediction.eps, "v": prediction.v, "flow": prediction.eps - prediction.x0}[family.prediction]
+        output = {"epsilon": prediction.eps, "v": prediction.v, "flow": prediction.eps - prediction.x0}[
+            family.prediction
+        ]
         errors = (output - target_for(family.prediction, x0, eps, alpha, sigma)).pow(2).flatten(1).mean(1)
         late = t > 0.5 * family.schedule.t_max
         values = {"noisy_half": errors[late].mean().detach(), "clean_half": errors[~late].mean().detach()}

@@ -40,7 +40,7 @@ class DistillationTask:
     def __init__(self, recipe: DistillRecipe) -> None:
         self.recipe = recipe
         self.bundle = Bundle.open(recipe.teacher)
-        loader = {"sdxl": Sdxl, "sit": Sit}[self.bundle.manifest.family]
+        loader: Any = {"sdxl": Sdxl, "sit": Sit}[self.bundle.manifest.family]
         self.family: Any
         self.family, teacher = loader.from_folder(recipe.teacher)
         self.teacher = freeze(teacher)

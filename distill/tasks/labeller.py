@@ -1,6 +1,6 @@
 """Training of the labeller on exact labels of all attribute combinations, the held-out ones included.
 
-    python -m distill.run recipes/scenes-labeller.yaml
+python -m distill.run recipes/scenes-labeller.yaml
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from distill.config import LabellerRecipe
-from distill.data.cache import scene_images
+from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.world import Scene, sample_scene
 from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller, project
 from distill.tasks.common import autocast, batch_indices, to_float
-from distill.tasks.vae import HELD_OUT_SEED
 from distill.trainer import Phase, Telemetry, generator
 
 _HELD_OUT_COMBINATIONS_SEED = 2

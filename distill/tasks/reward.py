@@ -1,6 +1,6 @@
 """Rewards of the embedded worlds: a CLIPModel tuned on preferences, in HPSv2's form, and a classifier of digits.
 
-    python -m distill.run recipes/scenes-reward.yaml
+python -m distill.run recipes/scenes-reward.yaml
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, logsigmo
 from transformers import CLIPModel, CLIPTokenizer
 
 from distill.config import RewardRecipe
-from distill.data.cache import scene_images
+from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import describe
 from distill.data.digits import load_digits
 from distill.data.world import sample_scene
 from distill.rewards import ClipReward, DigitClassifier, clip_cosine
 from distill.tasks.clip import wrong_scene
 from distill.tasks.common import autocast, batch_indices, to_float, to_uint8
-from distill.tasks.vae import HELD_OUT_SEED
 from distill.trainer import Phase, Telemetry, generator, seeded
 
 
@@ -133,7 +132,9 @@ class DigitRewardTask:
 
     def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
-        index = torch.from_numpy(batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, len(self.labels)))
+        index = torch.from_numpy(
+            batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, len(self.labels))
+        )
         noise = torch.randn(len(index), 1, 8, 8, generator=generator(r.seed, iteration, micro, "noise"))
         logits = self.classifier(to_uint8(self.images[index] + 0.15 * noise))
         accuracy = (logits.argmax(1) == self.labels[index]).float().mean()

@@ -1,11 +1,12 @@
 """The autoencoder of the embedded image models: diffusers' AutoencoderKL on rendered scenes.
 
-    python -m distill.run recipes/scenes-vae.yaml
+python -m distill.run recipes/scenes-vae.yaml
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from distill.config import VaeRecipe
-from distill.data.cache import scene_images
+from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.tasks.common import autocast, batch_indices, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator
-
-HELD_OUT_SEED = 9_001
-"""A stream of scenes that no training uses."""
 
 
 def finite_difference(x: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ class VaeTask:
         self.recipe = recipe
         blocks = len(recipe.model.block_out_channels)
         torch.manual_seed(recipe.seed)
-        self.vae = AutoencoderKL(
+        self.vae: Any = AutoencoderKL(
             block_out_channels=recipe.model.block_out_channels,
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -65,7 +63,7 @@ class VaeTask:
             posterior = self.vae.encode(x).latent_dist
             std = torch.exp(0.5 * posterior.logvar.float())
             noise = torch.randn(std.shape, generator=generator(r.seed, iteration, micro, "noise"))
-            y = self.vae.decode((posterior.mean.float() + std * noise)).sample
+            y = self.vae.decode(posterior.mean.float() + std * noise).sample
         y = y.float()
         weight = detail_weight(x, r.detail_weight)
         pixels = (weight * (x - y).abs()).mean()
