@@ -40,7 +40,8 @@ def cached_array(
             array[start:stop] = fill(start, stop)
         array.flush()
         os.replace(temporary, path)
-    return np.load(path, mmap_mode="r")
+    array = np.load(path, mmap_mode="r")
+    return array
 
 
 def scene_images(seed: int, count: int, size: int = 64, combinations: str = "trained") -> NDArray[np.uint8]:

@@ -52,7 +52,7 @@ class Sdxl:
     def from_source(cls, source: SdxlSource) -> Sdxl:
         """From its parts in separate folders; ``new_network`` makes a fresh UNet."""
         return cls(
-            AutoencoderKL.from_pretrained(source.vae),
+            AutoencoderKL.from_pretrained(source.vae, torch_dtype=torch.float32),
             CLIPTextModel.from_pretrained(source.text_encoder, attn_implementation="eager", dtype=torch.float32),
             CLIPTextModelWithProjection.from_pretrained(
                 source.text_encoder_2, attn_implementation="eager", dtype=torch.float32

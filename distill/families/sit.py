@@ -5,7 +5,6 @@ x_t = (1 − t)·x0 + t·ε, the network predicts ε − x0 and reads 1000·t; l
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from distill.config import SitModel
 from distill.families.base import Condition, Prediction, as_prediction, coefficients, preview_matrix
 from distill.sampling import Flow
+from distill.tasks.common import save_half
 
 CLASSES = 10
 TIME_SCALE = 1000.0
@@ -87,7 +87,7 @@ class Sit:
         return ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def save(self, network: nn.Module, folder: Path) -> None:
-        copy.deepcopy(network).half().save_pretrained(folder / "transformer")  # type: ignore[operator]
+        save_half(network, folder / "transformer")
 
     def describe(self) -> dict[str, Any]:
         identity = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)

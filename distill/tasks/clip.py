@@ -30,7 +30,7 @@ from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import describe
 from distill.data.tokenizer import build_tokenizer
 from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Scene, sample_scene
-from distill.tasks.common import autocast, batch_indices, to_float
+from distill.tasks.common import autocast, batch_indices, save_half, to_float
 from distill.trainer import Phase, Telemetry, seeded
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -149,15 +149,13 @@ class ClipTask:
         return float((scores[0] > scores[1]).float().mean())
 
     def finish(self, output: Path) -> None:
-        print(
-            f"prefers the right caption to one with a wrong fact in {100 * self.pair_accuracy():.1f} % of held-out scenes"
-        )
-        self.clip.save_pretrained(output)
+        print(f"prefers the right caption to one with a wrong fact in {100 * self.pair_accuracy():.1f} % of scenes")
+        save_half(self.clip, output)
         small = CLIPTextModel(self.small.config)
         body = {k: v for k, v in self.small.state_dict().items() if k.startswith("text_model.")}
         small.load_state_dict({k.removeprefix("text_model."): v for k, v in body.items()})
-        small.save_pretrained(output / "text_encoder")
+        save_half(small, output / "text_encoder")
         big = CLIPTextModelWithProjection(self.clip.config.text_config)
         state = {k: v for k, v in self.clip.state_dict().items() if k.startswith(("text_model.", "text_projection."))}
         big.load_state_dict(state)
-        big.save_pretrained(output / "text_encoder_2")
+        save_half(big, output / "text_encoder_2")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +34,16 @@ def to_uint8(images: Tensor) -> Tensor:
 def freeze(module: nn.Module) -> nn.Module:
     """Evaluation mode without gradients."""
     return module.eval().requires_grad_(False)
+
+
+def save_half(model: Any, folder: Path) -> None:
+    """Write a diffusers or transformers model in float16, to be computed in float32: its config names float32."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    config = folder / "config.json"
+    content = json.loads(config.read_text())
+    if "dtype" in content:
+        content["dtype"] = "float32"
+        config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def autocast(precision: str, device: str = "cpu") -> torch.autocast:

@@ -114,7 +114,7 @@ class DiffusionTask:
             default_steps=self.recipe.sampling_steps,
             guidance=Guidance(scale=self.recipe.guidance),
             examples=() if self.recipe.data == "digits" else PREVIEW_PROMPTS,
-            provenance={"teacher": provenance(self.recipe)},
+            provenance=provenance(self.recipe),
             **self.family.describe(),
         )
         write_manifest(output, manifest)

@@ -167,9 +167,8 @@ class DistillationTask:
             default_steps=max(self.recipe.steps),
             examples=teacher.examples,
             provenance={
-                "student": provenance(self.recipe),
-                "teacher_digest": self.bundle.digest,
-                **teacher.provenance,
+                **provenance(self.recipe),
+                "teacher": {"digest": self.bundle.digest, **teacher.provenance},
             },
             **self.family.describe(),
         )

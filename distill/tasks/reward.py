@@ -21,7 +21,7 @@ from distill.data.digits import load_digits
 from distill.data.world import sample_scene
 from distill.rewards import ClipReward, DigitClassifier, clip_cosine
 from distill.tasks.clip import wrong_scene
-from distill.tasks.common import autocast, batch_indices, to_float, to_uint8
+from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator, seeded
 
 
@@ -110,8 +110,7 @@ class ClipRewardTask:
         over_damaged = float((good > reward.score(damaged, right)).float().mean())
         over_wrong = float((good > reward.score(clean, wrong)).float().mean())
         print(f"prefers the clean picture in {100 * over_damaged:.1f} %, the right caption in {100 * over_wrong:.1f} %")
-        self.clip.requires_grad_(True)
-        self.clip.half().save_pretrained(output)
+        save_half(self.clip, output)
         self.tokenizer.save_pretrained(output / "tokenizer")
 
 

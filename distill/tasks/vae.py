@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from distill.config import VaeRecipe
 from distill.data.cache import HELD_OUT_SEED, scene_images
-from distill.tasks.common import autocast, batch_indices, to_float, to_uint8
+from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator
 
 
@@ -90,4 +90,4 @@ class VaeTask:
         print(f"held-out PSNR {float((10 * torch.log10(4 / error)).mean()):.2f} dB over {len(x)} scenes")
         latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in x.split(32)])
         self.vae.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))
-        self.vae.save_pretrained(output)
+        save_half(self.vae, output)
