@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -21,14 +21,19 @@ class RecipeError(ValueError):
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Optimizer(Strict):
     """AdamW with a linear warm-up; ``decay`` cosine ends at zero with the run."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="iterations")
     decay: Literal["constant", "cosine"] = "constant"
@@ -170,7 +175,13 @@ class DiffusionRecipe(Base):
     optimizer: Optimizer
     drop_condition: float = Field(0.1, ge=0, lt=1)
     guidance: float = Field(4.0, ge=1, description="standard form u + ω(c − u); the teacher's own sampler uses it")
-    sampling_steps: int = 50
+    sampling_steps: Steps = 50
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> DiffusionRecipe:
+        if (self.model.family == "sit") != (self.data == "digits"):
+            raise ValueError(f"the {self.model.family} family does not learn these data; sit takes digits, sdxl scenes")
+        return self
 
 
 class Adaptation(Strict):
@@ -200,12 +211,14 @@ class DistillRecipe(Base):
     task: Literal["distill"]
     teacher: str
     data: SceneData | Literal["digits"] = SceneData()
-    steps: tuple[int, ...] = Field((4,), description="numbers of steps that the student learns; each grid is trailing")
-    step_weights: tuple[float, ...] | None = Field(None, description="how often each is trained; None: equally")
+    steps: tuple[Steps, ...] = Field(
+        (4,), min_length=1, description="numbers of steps that the student learns; each grid is trailing"
+    )
+    step_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="how often each is trained; None: equally")
     guidance: float = Field(4.0, ge=1, description="ω of the teacher, standard form u + ω(c − u)")
     fake_per_student: int = Field(5, ge=1, description="fake updates per student update (DMD2's TTUR)")
     fake_warmup: int = Field(0, ge=0, description="iterations before the student's first update")
-    time_range: tuple[float, float] = Field((0.02, 0.98), description="of re-noising, as fractions of the time axis")
+    time_range: tuple[Fraction, Fraction] = Field((0.02, 0.98), description="of re-noising, as fractions of the time axis")
     student: Optimizer
     fake: Optimizer
     advantage: Advantage | None = None
@@ -224,6 +237,8 @@ class DistillRecipe(Base):
             )
         if self.step_weights is not None and len(self.step_weights) != len(self.steps):
             raise ValueError(f"step_weights has {len(self.step_weights)} entries for {len(self.steps)} steps")
+        if self.time_range[0] >= self.time_range[1]:
+            raise ValueError(f"time_range is {self.time_range}; give the smaller time first, such as (0.02, 0.98)")
         if self.advantage and self.advantage.reward in self.heldout_rewards:
             raise ValueError(f"{self.advantage.reward} is both the training reward and held out; use another")
         return self
@@ -267,7 +282,9 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Any:
     try:
         return _RECIPE.validate_python(tree)
     except ValidationError as error:
-        lines = [_explain(tree, fault) for fault in error.errors()]
+        # Keys in the place of the word "digits" have their own faults, beside which "not digits" says nothing.
+        faults = [f for f in error.errors() if f["type"] != "literal_error" or not isinstance(f["input"], dict)]
+        lines = [_explain(fault) for fault in faults]
         raise RecipeError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
@@ -281,40 +298,62 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise RecipeError(f"override {key!r}: {part!r} holds a value, not keys")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: {value!r} is not a YAML value; for example student.betas=[0,0.999]") from None
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML reads 1e-5 as text
     node[parts[-1]] = parsed
 
 
-def _explain(tree: dict[str, Any], fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in _CLASSES]
-    where = ".".join(location)
+def _explain(fault: Any) -> str:
+    keys, holders, inner = _resolve(fault["loc"])
+    where = ".".join(keys)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(tree, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+        known = sorted({name for model in holders for name in model.model_fields})
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"{where} is unknown; {hint}"
-    if fault["type"] in ("union_tag_not_found", "union_tag_invalid") and not where:
-        return f"task is {tree.get('task')!r}; use one of {', '.join(_CLASSES)}"
+    if fault["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        name = fault["ctx"]["discriminator"].strip("'")
+        choices = [tag for model in inner for tag in _tags(model, name)] if keys else list(_CLASSES)
+        value = fault["input"].get(name) if isinstance(fault["input"], dict) else None
+        return f"{'.'.join([*keys, name])} is {value!r}; use one of {', '.join(choices)}"
     seen = "" if fault["type"] == "missing" or isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
     return f"{where or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}{seen}"
 
 
-def _known_keys(tree: dict[str, Any], path: list[str]) -> list[str]:
-    model: Any = _CLASSES.get(str(tree.get("task")), Base)
-    for part in path:
-        if part in model.model_fields:
-            model = _model_of(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
+def _resolve(location: tuple[str | int, ...]) -> tuple[list[str], list[type[BaseModel]], list[type[BaseModel]]]:
+    """The keys of a fault's location without pydantic's tags of unions, and which models hold the last key and are in it.
+
+    The first element is the task; a key whose value is a union is followed by the tag of one of its members.
+    """
+    keys: list[str] = []
+    holders: list[type[BaseModel]] = []
+    inner = [_CLASSES[str(location[0])]] if location else []
+    after_key = False
+    for part in location[1:]:
+        tagged = [model for model in inner if part in (model.__name__, *_tags(model, "family"))]
+        if after_key and (tagged or str(part).startswith("literal[")):
+            inner, after_key = tagged, False
+            continue
+        keys.append(str(part))
+        holders, after_key = inner, True
+        fields = [model.model_fields[str(part)] for model in holders if part in model.model_fields]
+        inner = [model for field in fields for model in _models_of(field.annotation)]
+    return keys, holders, inner
 
 
-def _model_of(annotation: Any) -> Any:
+def _tags(model: type[BaseModel], name: str) -> tuple[str, ...]:
+    """The values of the literal field ``name`` that tells a union's models apart."""
+    field = model.model_fields.get(name)
+    return get_args(field.annotation) if field else ()
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_of(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_of(argument)]

@@ -95,9 +95,10 @@ def group_advantage(rewards: Tensor, group: int, *, sigma_floor: float = 0.0, ep
     """
     if group < 2 or len(rewards) % group:
         raise ValueError(f"{len(rewards)} rewards do not form groups of {group}; use a batch that is a multiple of it")
-    r = rewards.reshape(-1, group)
+    # In float32 the mean of equal rewards may round to another value, which the tiny deviation would blow up to |a| ≈ 1.
+    r = rewards.double().reshape(-1, group)
     deviation = r.std(1, unbiased=False, keepdim=True).clamp_min(sigma_floor)
-    return ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten()
+    return ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten().to(rewards.dtype)
 
 
 def adaptive_weights(advantage: Tensor, strength: float) -> tuple[Tensor, Tensor]:

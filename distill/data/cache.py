@@ -40,8 +40,8 @@ def cached_array(
             array[start:stop] = fill(start, stop)
         array.flush()
         os.replace(temporary, path)
-    array = np.load(path, mmap_mode="r")
-    return array
+    loaded: NDArray[np.generic] = np.load(path, mmap_mode="r")
+    return loaded
 
 
 def scene_images(seed: int, count: int, size: int = 64, combinations: str = "trained") -> NDArray[np.uint8]:
@@ -49,7 +49,7 @@ def scene_images(seed: int, count: int, size: int = 64, combinations: str = "tra
 
     def fill(start: int, stop: int) -> NDArray[np.generic]:
         batch = [scenes.sample_scene(seed, i, combinations=combinations) for i in range(start, stop)]
-        return scenes.render(batch, size).numpy()  # type: ignore[no-any-return]
+        return scenes.render(batch, size).numpy()
 
     name = f"scenes-{combinations}-{seed}-{count}-{size}-v{WORLD_VERSION}"
     return cached_array(name, (count, 3, size, size), np.uint8, fill)  # type: ignore[return-value]

@@ -32,22 +32,28 @@ def detail_weight(x: Tensor, strength: float) -> Tensor:
     return 1 + strength * max_pool2d(deviation, 5, 1, 2)
 
 
+def new_vae(recipe: VaeRecipe) -> Any:
+    """A fresh AutoencoderKL of the recipe's sizes."""
+    model, blocks = recipe.model, len(recipe.model.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=model.block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        layers_per_block=model.layers_per_block,
+        latent_channels=model.latent_channels,
+        norm_num_groups=model.norm_num_groups,
+        sample_size=recipe.data.size,
+    )
+
+
 class VaeTask:
     """Reconstruction (L1 on pixels and on finite differences, weighted towards detail) plus a small KL term."""
 
     def __init__(self, recipe: VaeRecipe) -> None:
         self.recipe = recipe
-        blocks = len(recipe.model.block_out_channels)
         torch.manual_seed(recipe.seed)
-        self.vae: Any = AutoencoderKL(
-            block_out_channels=recipe.model.block_out_channels,
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            layers_per_block=recipe.model.layers_per_block,
-            latent_channels=recipe.model.latent_channels,
-            norm_num_groups=recipe.model.norm_num_groups,
-            sample_size=recipe.data.size,
-        ).train()
+        self.vae = new_vae(recipe)
+        self.vae.train()
         self.roles: dict[str, nn.Module] = {"vae": self.vae}
         self.optimizers = {"vae": recipe.optimizer}
         self.images = scene_images(recipe.data.seed, recipe.data.count, recipe.data.size)
