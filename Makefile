@@ -2,6 +2,7 @@
 # make test     the full environment, then every test
 # make lint     ruff and mypy         make format   ruff's formatter
 # make models   retrains every embedded model from its recipe (hours on a CPU)
+# make scores   scores teachers, controls and students, and writes docs/results.md (hours on a CPU)
 # make clean    removes environments and caches, never runs/ or bundles/
 
 VENV ?= .venv
@@ -17,7 +18,7 @@ MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher sc
 	digits-reward digits-teacher digits-dmd2 digits-amd
 
 .DELETE_ON_ERROR:
-.PHONY: serve setup-serve setup test lint format models $(MODELS) clean help
+.PHONY: serve setup-serve setup test lint format models $(MODELS) scores clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -61,8 +62,33 @@ models: setup
 
 $(MODELS): setup
 	$(BIN)/python -m distill.run recipes/$@.yaml --resume
-	for bundle in $$(sed -n 's/^output: //p' recipes/$@.yaml); do \
-		if [ -f $$bundle/bundle.json ]; then $(BIN)/python -m distill.export $$bundle --to onnx; fi; done
+	bundle=$$(sed -n 's/^output: //p' recipes/$@.yaml); \
+		case $$bundle in bundles/*) $(BIN)/python -m distill.export $$bundle --to onnx;; esac
+
+# Every run behind docs/results.md. Teachers and controls are compiled in runs/bundles, so that models/ stays as it is.
+CONTROLS := scenes-teacher scenes-dmd2 digits-teacher digits-dmd2
+SCENES := scenes-trained scenes-held-out scenes-three scenes-latency
+SCORE := $(BIN)/python -m eval.run
+
+scores: setup
+	mkdir -p runs/bundles
+	set -e; for name in $(CONTROLS); do rm -rf runs/bundles/$$name; cp -r models/$$name runs/bundles/$$name; \
+		$(BIN)/python -m distill.export runs/bundles/$$name --to onnx; done
+	test -d models/digits-cnn || $(BIN)/python -m eval.metrics.digits
+	set -e; for suite in $(SCENES) scenes-fid; do \
+		for steps in 1 2 4; do $(SCORE) bundles/scenes-sdxl --suite $$suite --steps $$steps \
+			--label "AMD, $$steps step$$(test $$steps = 1 || echo s)"; done; \
+		$(SCORE) runs/bundles/scenes-dmd2 --suite $$suite --steps 4 --label "DMD2, 4 steps"; \
+		for steps in 4 50; do $(SCORE) runs/bundles/scenes-teacher --suite $$suite --steps $$steps \
+			--label "teacher, $$steps steps"; done; \
+		test $$suite = scenes-latency || $(SCORE) renders --suite $$suite --label renders; done
+	set -e; for suite in digits digits-latency; do \
+		for steps in 1 2 4; do $(SCORE) bundles/digits-sit --suite $$suite --steps $$steps \
+			--label "digits AMD, $$steps step$$(test $$steps = 1 || echo s)"; done; \
+		$(SCORE) runs/bundles/digits-dmd2 --suite $$suite --steps 4 --label "digits DMD2, 4 steps"; \
+		for steps in 4 50; do $(SCORE) runs/bundles/digits-teacher --suite $$suite --steps $$steps \
+			--label "digits teacher, $$steps steps"; done; done
+	$(BIN)/python -m eval.results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
