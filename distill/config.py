@@ -214,11 +214,15 @@ class DistillRecipe(Base):
     steps: tuple[Steps, ...] = Field(
         (4,), min_length=1, description="numbers of steps that the student learns; each grid is trailing"
     )
-    step_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="how often each is trained; None: equally")
+    step_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="how often each is trained; None: equally"
+    )
     guidance: float = Field(4.0, ge=1, description="ω of the teacher, standard form u + ω(c − u)")
     fake_per_student: int = Field(5, ge=1, description="fake updates per student update (DMD2's TTUR)")
     fake_warmup: int = Field(0, ge=0, description="iterations before the student's first update")
-    time_range: tuple[Fraction, Fraction] = Field((0.02, 0.98), description="of re-noising, as fractions of the time axis")
+    time_range: tuple[Fraction, Fraction] = Field(
+        (0.02, 0.98), description="of re-noising, as fractions of the time axis"
+    )
     student: Optimizer
     fake: Optimizer
     advantage: Advantage | None = None
@@ -230,6 +234,10 @@ class DistillRecipe(Base):
     def _coherent(self) -> DistillRecipe:
         if (self.adaptation or self.sharpening) and self.advantage is None:
             raise ValueError("adaptation and sharpening need an advantage; add advantage.reward")
+        if self.heldout_rewards and not (self.adaptation or self.sharpening):
+            raise ValueError(
+                "heldout_rewards are read beside the advantage; add adaptation or sharpening, or drop them"
+            )
         if self.advantage and (self.batch_size // self.accumulate) % self.advantage.group:
             raise ValueError(
                 f"micro-batches of {self.batch_size // self.accumulate} do not hold whole groups of "
@@ -301,7 +309,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: {value!r} is not a YAML value; for example student.betas=[0,0.999]") from None
+        raise RecipeError(
+            f"override {override!r}: {value!r} is no YAML value; an example: student.betas=[0,0.999]"
+        ) from None
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)  # YAML reads 1e-5 as text
@@ -326,7 +336,7 @@ def _explain(fault: Any) -> str:
 
 
 def _resolve(location: tuple[str | int, ...]) -> tuple[list[str], list[type[BaseModel]], list[type[BaseModel]]]:
-    """The keys of a fault's location without pydantic's tags of unions, and which models hold the last key and are in it.
+    """The keys of a fault's location without the tags of unions, and the models that hold the last key and lie in it.
 
     The first element is the task; a key whose value is a union is followed by the tag of one of its members.
     """

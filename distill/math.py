@@ -95,7 +95,7 @@ def group_advantage(rewards: Tensor, group: int, *, sigma_floor: float = 0.0, ep
     """
     if group < 2 or len(rewards) % group:
         raise ValueError(f"{len(rewards)} rewards do not form groups of {group}; use a batch that is a multiple of it")
-    # In float32 the mean of equal rewards may round to another value, which the tiny deviation would blow up to |a| ≈ 1.
+    # In float32 the mean of equal rewards may differ from them, and their tiny deviation would blow that up to |a| ≈ 1.
     r = rewards.double().reshape(-1, group)
     deviation = r.std(1, unbiased=False, keepdim=True).clamp_min(sigma_floor)
     return ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten().to(rewards.dtype)
