@@ -1,0 +1,136 @@
+"""What the service adds to the bare runtime: one client, one picture at a time, both in one run.
+
+    python -m benchmarks.latency bundles/scenes-sdxl --requests 100
+
+The bare runtime runs in this process before the server starts, with the same threads, prompts, seeds and steps. The
+result is printed and written beside this file as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.bundle import Bundle
+from service.runtimes import generate, open_runtime
+
+PROMPT = "a large red metal sphere left of a small blue rubber sphere"
+_READY_TIMEOUT_S = 120.0
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds, with the number of samples."""
+    p50, p90, p99 = np.percentile(milliseconds, (50, 90, 99))
+    return {"n": len(milliseconds), "p50_ms": round(p50, 2), "p90_ms": round(p90, 2), "p99_ms": round(p99, 2)}
+
+
+def time_runtime(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str, float]:
+    """The floor: text, steps and decoding of one picture, without HTTP and without PNG."""
+    runtime = open_runtime(bundle, threads=threads, max_batch=1)
+    times = []
+    for seed in range(count + 3):
+        start = time.perf_counter()
+        generate(runtime, bundle.manifest, [PROMPT], seeds=[seed], steps=steps)
+        times.append((time.perf_counter() - start) * 1e3)
+    return quantiles(times[3:])
+
+
+def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, float]:
+    """End to end: a request over HTTP until its PNG has arrived, with a new prompt each time so that nothing is cached."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as home:
+        environment = os.environ | {
+            "LEAPFROG_BUNDLES": str(bundle.path.resolve().parent),
+            "BENTOML_HOME": home,
+            "BENTOML_DO_NOT_TRACK": "True",
+        }
+        command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        started = time.perf_counter()
+        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(url)
+            ready_s = time.perf_counter() - started
+            times = [_request(url, bundle.manifest.name, steps, seed) for seed in range(count + 3)]
+        finally:
+            server.terminate()
+            server.wait(30)
+    return quantiles(times[3:]) | {"ready_s": round(ready_s, 2)}
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.05)
+    raise SystemExit(
+        f"the service was not ready after {_READY_TIMEOUT_S:.0f} s; start bentoml serve by hand to see why"
+    )
+
+
+def _request(url: str, model: str, steps: int, seed: int) -> float:
+    body = {"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps}
+    request = urllib.request.Request(
+        f"{url}/v1/images/generations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    start = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=60) as response:
+        json.load(response)
+    return (time.perf_counter() - start) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency",
+        description="Latency of the service against the bare runtime, in one run.",
+        epilog="example: python -m benchmarks.latency bundles/scenes-sdxl --steps 4 --requests 100",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latency.json")
+    options = parser.parse_args()
+    bundle, threads = Bundle.open(options.bundle), os.cpu_count() or 1
+    result: dict[str, Any] = {
+        "bundle": bundle.manifest.name,
+        "digest": bundle.digest,
+        "steps": options.steps,
+        "threads": threads,
+        "processor": _processor(),
+        "runtime": time_runtime(bundle, options.steps, options.requests, threads),
+        "service": time_service(bundle, options.steps, options.requests),
+    }
+    result["ratio_p50"] = round(result["service"]["p50_ms"] / result["runtime"]["p50_ms"], 3)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    print(f"wrote {options.out}")
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
