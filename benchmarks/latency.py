@@ -49,7 +49,7 @@ def time_runtime(bundle: Bundle, steps: int, count: int, threads: int) -> dict[s
 
 
 def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, float]:
-    """End to end: a request over HTTP until its PNG has arrived, with a new prompt each time so that nothing is cached."""
+    """End to end: a request over HTTP until its PNG is here, with a new prompt each time so that nothing is cached."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -66,8 +66,8 @@ class Labeller(nn.Module):
         found: list[list[Detection]] = [[] for _ in images]
         for start in range(0, len(images), 256):
             out = self(images[start : start + 256].float() / 127.5 - 1)
-            score = out["object"].sigmoid()
-            peak = (score == max_pool2d(score, 3, 1, 1)) & (score > threshold)
+            logit = out["object"]  # probabilities of sure neighbours would both round to 1
+            peak = (logit == max_pool2d(logit, 3, 1, 1)) & (logit.sigmoid() > threshold)
             for b, _, row, column in peak.nonzero().tolist():
                 cell = {name: value[b, :, row, column] for name, value in out.items()}
                 named = {name: values[int(cell[name].argmax())] for name, values in ATTRIBUTES}

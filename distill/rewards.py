@@ -94,6 +94,8 @@ class DigitClassifier(nn.Module):
     @torch.no_grad()
     def score(self, images: Tensor, conditions: Sequence[int]) -> Tensor:
         """log p(label | picture)."""
+        if len(images) != len(conditions):
+            raise ValueError(f"{len(images)} pictures and {len(conditions)} labels; give one label per picture")
         labels = torch.as_tensor(list(conditions), dtype=torch.int64)
         return log_softmax(self(images), 1).gather(1, labels[:, None])[:, 0]
 

@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
     """Run a recipe to its end. Returns 0 when complete, 1 when training failed, 130 when it was interrupted."""
+    from distill.bundle import BundleError
     from distill.trainer import Trainer, TrainingError
 
     folder = Path(os.environ.get("LEAPFROG_RUNS", "runs")) / recipe.name
@@ -78,7 +79,7 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))
         complete = trainer.run()
-    except (TrainingError, RecipeError) as error:
+    except (TrainingError, RecipeError, BundleError) as error:
         print(error, file=sys.stderr)
         return 1
     if not complete:

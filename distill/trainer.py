@@ -125,8 +125,9 @@ class Trainer:
             self.task.finish(output)
         return True
 
-    def _step(self) -> dict[str, Tensor | float]:
-        telemetry: dict[str, Tensor | float] = {}
+    def _step(self) -> dict[str, list[Tensor | float]]:
+        """One iteration; telemetry as one value per micro-batch."""
+        telemetry: dict[str, list[Tensor | float]] = {}
         for phase in self.task.phases(self.iteration):
             optimizer, settings = self.optimizers[phase.role], self.task.optimizers[phase.role]
             rate = settings.learning_rate * schedule(settings, self.iteration, self.recipe.iterations)
@@ -135,12 +136,12 @@ class Trainer:
             for micro in range(self.recipe.accumulate):
                 loss, values = phase.loss(micro)
                 (loss / self.recipe.accumulate).backward()
-                telemetry.update(values)
-                telemetry[f"{phase.role}/loss"] = loss.detach()
+                for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
+                    telemetry.setdefault(name, []).append(value)
             norm = nn.utils.clip_grad_norm_(self.task.roles[phase.role].parameters(), settings.clip)
-            if not math.isfinite(float(norm)) or not math.isfinite(float(telemetry[f"{phase.role}/loss"])):
+            if not all(math.isfinite(float(v)) for v in (norm, *telemetry[f"{phase.role}/loss"])):
                 raise self._not_finite(phase.role)
-            telemetry[f"{phase.role}/grad_norm"] = norm
+            telemetry[f"{phase.role}/grad_norm"] = [norm]
             optimizer.step()
             for role in self.task.roles:
                 self.optimizers[role].zero_grad(set_to_none=True)
@@ -226,18 +227,19 @@ class Trainer:
         saved = self._checkpoints()
         if not saved:
             raise TrainingError(f"{self.folder} has no checkpoint to resume; start without --resume")
-        facts = json.loads((saved[-1] / "state.json").read_text())
+        facts, tensors = _read(saved[-1])
         if (facts["task"], facts["name"]) != (self.recipe.task, self.recipe.name):
             raise TrainingError(
                 f"{saved[-1]} belongs to {facts['task']} {facts['name']!r}, not to {self.recipe.task} "
                 f"{self.recipe.name!r}; resume it with its own recipe"
             )
-        state_file = saved[-1] / "state.safetensors"
-        if sha256(state_file) != facts["sha256"]:
+        try:
+            self._restore(tensors)
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"{state_file} was altered or truncated; delete {saved[-1]} to resume from an older one"
-            )
-        self._restore(load_file(state_file))
+                f"{saved[-1]} does not fit the recipe's model ({first}); resume it with its own recipe"
+            ) from None
         self.iteration = int(facts["iteration"])
         return self.iteration
 
@@ -265,6 +267,19 @@ class Trainer:
                 index, _, name = key.partition("/")
                 states.setdefault(int(index), {})[name] = value
             optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a checkpoint. Raises TrainingError for one that is not as it was written."""
+    state = checkpoint / "state.safetensors"
+    try:
+        facts = json.loads((checkpoint / "state.json").read_text())
+        whole = sha256(state) == facts["sha256"]
+    except (OSError, ValueError, KeyError):
+        state, whole = checkpoint, False
+    if not whole:
+        raise TrainingError(f"{state} was altered or truncated; delete {checkpoint} to resume from an older one")
+    return facts, load_file(checkpoint / "state.safetensors")
 
 
 def schedule(settings: Optimizer, iteration: int, iterations: int) -> float:
@@ -312,9 +327,9 @@ class _Sink:
         self.values: dict[str, list[Tensor | float]] = {}
         self.since, self.start = iteration, time.monotonic()
 
-    def add(self, telemetry: Mapping[str, Tensor | float]) -> None:
-        for name, value in telemetry.items():
-            self.values.setdefault(name, []).append(value)
+    def add(self, telemetry: Mapping[str, list[Tensor | float]]) -> None:
+        for name, values in telemetry.items():
+            self.values.setdefault(name, []).extend(values)
 
     def flush(self, iteration: int, batch_size: int) -> dict[str, str]:
         means = {name: float(np.mean([float(v) for v in values])) for name, values in self.values.items()}

@@ -124,11 +124,11 @@ class DistillationTask:
             images = to_uint8(self.family.decode(rollout.samples))
         rewards = self.reward.score(images, rollout.prompts).float()
         finite = rewards.isfinite()
-        advantage = group_advantage(
-            torch.where(finite, rewards, rewards[finite].mean()), settings.group, sigma_floor=settings.sigma_floor
-        )
+        grouped = torch.where(finite, rewards, torch.nan).reshape(-1, settings.group)
+        # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
+        filled = torch.where(grouped.isfinite(), grouped, grouped.nanmean(1, keepdim=True)).flatten()
+        advantage = group_advantage(filled, settings.group, sigma_floor=settings.sigma_floor)
         advantage = torch.where(finite, advantage, 0.0)
-        grouped = rewards.reshape(-1, settings.group)
         self._telemetry = {
             "reward": rewards[finite].mean(),
             "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
