@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m distill.run",
         description="Train a model from a recipe: autoencoders, rewards, teachers and few-step students alike.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the example on one line
         epilog="example: python -m distill.run recipes/digits-teacher.yaml iterations=500 seed=1",
     )
     parser.add_argument("recipe", help="a YAML file, such as recipes/scenes-amd.yaml")
