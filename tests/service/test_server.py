@@ -16,13 +16,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 from PIL import Image
 
 from service.encode import encode
 from service.runtimes import OnnxRuntime, generate
-from tests.service.conftest import REPOSITORY, Server
+from tests.service.conftest import REPOSITORY, Server, tree
 
 PROMPT = "a large red metal cube"
 
@@ -237,12 +236,11 @@ def test_pictures_of_clients_that_leave_are_given_up(server: Server) -> None:
     assert png_of(server.images(prompt=PROMPT, seed=1, steps=1))
 
 
-def test_ready_in_time_and_memory(server: Server) -> None:
-    """The claims for the shipped model are ten seconds and 700 MB; the tiny one must stay well within both."""
-    assert server.ready_after_s is not None
-    assert server.ready_after_s < 30, "generous, for a machine that does other work"
-    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-    assert sum(process.memory_info().rss for process in processes) < 700e6
+def test_start_and_memory_are_cheap(server: Server) -> None:
+    """Well within what is promised for the shipped model, ready in ten seconds and 700 MB."""
+    assert server.start_cpu_s is not None
+    assert server.start_cpu_s < 10
+    assert sum(process.memory_info().rss for process in tree(server.process.pid)) < 700e6
 
 
 def test_health(server: Server) -> None:
