@@ -278,6 +278,37 @@ def test_distillation_trains_its_roles_in_turn_and_never_the_teacher(digits: Pat
     assert_equal(before, t.task.teacher.state_dict())
 
 
+@torch.no_grad()
+def test_samples_come_from_the_students_own_earlier_steps(digits: Path, tmp_path: Path) -> None:
+    """Backward simulation: predict, noise to the next time of the grid, … and the clean prediction of step k."""
+    task = amd(digits, tmp_path, steps="[4]").task
+    seen = set()
+    for iteration in range(16):
+        rollout = task._rollout(iteration, 0, graph=False)
+        rng = generator(task.recipe.seed, iteration, 0, "rollout")
+        x, condition = torch.randn(8, 1, 8, 8, generator=rng), {"labels": torch.tensor(rollout.prompts)}
+        for k, time_k in enumerate((1.0, 0.75, 0.5, 0.25)):
+            labels = condition["labels"]
+            flow = task.student(x, timestep=torch.full((8,), 1000 * time_k), class_labels=labels).sample
+            x0 = x - time_k * flow
+            if k == rollout.index:
+                break
+            x = (0.75 - 0.25 * k) * torch.randn(x.shape, generator=rng) + (0.25 + 0.25 * k) * x0
+        torch.testing.assert_close(rollout.x, x0, rtol=1e-4, atol=1e-5)
+        assert rollout.steps == 4
+        seen.add(rollout.index)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_numbers_of_steps_are_drawn_by_their_weights(digits: Path, tmp_path: Path) -> None:
+    task = amd(digits, tmp_path, steps="[1, 2]", step_weights="[3, 1]").task
+    with torch.no_grad():
+        drawn = [task._rollout(iteration, 0, graph=False) for iteration in range(60)]
+    assert {r.steps for r in drawn} == {1, 2} and sum(r.steps == 1 for r in drawn) > 35
+    assert {r.index for r in drawn if r.steps == 2} == {0, 1} and all(r.index < r.steps for r in drawn)
+    assert task._rollout(0, 0, graph=True).x.requires_grad
+
+
 def test_a_reward_that_is_not_finite_touches_no_other_sample(digits: Path, tmp_path: Path) -> None:
     class Reward:
         name = "test"
