@@ -287,7 +287,7 @@ def test_permuting_a_group_permutes_its_gradients() -> None:
 def test_normaliser_is_per_sample_and_never_zero() -> None:
     x = torch.zeros(3, 2, 2)
     guided = torch.stack((torch.full((2, 2), -2.0), torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.zeros(2, 2)))
-    torch.testing.assert_close(math.normaliser(x, guided), torch.tensor([2.0, 1.0, 1e-6]))
+    torch.testing.assert_close(math.normaliser(x, guided), torch.tensor([2.0, 1.0, 1e-6]), rtol=1e-6, atol=0.0)
 
 
 # --- the pseudo target ---------------------------------------------------------------------------------------------

@@ -451,33 +451,33 @@ def test_handlers_of_signals_are_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_the_command(tmp_path: Path, number: signal.Signals) -> None:
-    environment = os.environ | {"LEAPFROG_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable, "-m", "distill.run", "recipes/digits-reward.yaml", "--quiet", f"output={tmp_path}/out",
-        "iterations=1000000", "log_every=1", "save_every=1000000", "preview_every=1000000", "batch_size=2",
+def test_a_signal_saves_and_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM to a process of its own; interrupt_after covers SIGINT."""
+    monkeypatch.setenv("LEAPFROG_RUNS", str(tmp_path / "runs"))
+    arguments = [
+        str(ROOT / "recipes/digits-reward.yaml"), "--quiet", f"output={tmp_path}/out", "iterations=1000000",
+        "log_every=1", "save_every=1000000", "preview_every=1000000", "batch_size=2",
     ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "runs/digits-reward/log.jsonl"
-    try:
-        deadline = time.monotonic() + 300
-        while not (log.is_file() and log.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert f"stopped by signal {int(number)} at iteration" in errors and "continue with --resume" in errors
+    command = [sys.executable, "-m", "distill.run", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 600
+            while not (log.is_file() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130, errors
+    assert f"stopped by signal {int(signal.SIGTERM)} at iteration" in errors and "continue with --resume" in errors
     (checkpoint,) = (tmp_path / "runs/digits-reward/checkpoints").iterdir()
-    facts = json.loads((checkpoint / "state.json").read_text())
-    assert 0 < facts["iteration"] < 1_000_000 and not (tmp_path / "out").exists()
-    done = [*command, "--resume", f"iterations={facts['iteration'] + 1}"]
-    again = subprocess.run(done, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr
-    assert f"resuming digits-reward at iteration {facts['iteration']}" in again.stdout
+    done = json.loads((checkpoint / "state.json").read_text())["iteration"]
+    assert 0 < done < 1_000_000 and not (tmp_path / "out").exists()
+    assert main([*arguments, "--resume", f"iterations={done + 1}"]) == 0
+    assert f"resuming digits-reward at iteration {done}" in capsys.readouterr().out
 
 
 # --- what a run leaves ---------------------------------------------------------------------------------------------
