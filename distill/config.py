@@ -342,7 +342,7 @@ def _resolve(location: tuple[str | int, ...]) -> tuple[list[str], list[type[Base
     """
     keys: list[str] = []
     holders: list[type[BaseModel]] = []
-    inner = [_CLASSES[str(location[0])]] if location else []
+    inner: list[type[BaseModel]] = [_CLASSES[str(location[0])]] if location else []
     after_key = False
     for part in location[1:]:
         tagged = [model for model in inner if part in (model.__name__, *_tags(model, "family"))]
