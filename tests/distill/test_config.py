@@ -140,7 +140,11 @@ def test_wrong_values_are_refused_by_key_and_value(tree: dict[str, Any], message
         (distil(advantage={"reward": "r"}, accumulate=4), "micro-batches of 2 do not hold whole groups of 4"),
         (distil(steps=[1, 2], step_weights=[1.0]), "step_weights has 1 entries for 2 steps"),
         (distil(time_range=[0.9, 0.1]), "time_range is (0.9, 0.1); give the smaller time first"),
-        (distil(advantage={"reward": "r"}, heldout_rewards=["r"]), "r is both the training reward and held out"),
+        (
+            distil(advantage={"reward": "r"}, adaptation={}, heldout_rewards=["r"]),
+            "r is both the training reward and held out",
+        ),
+        (distil(heldout_rewards=["r"]), "heldout_rewards are read beside the advantage; add adaptation or"),
         (teacher(data={}), "the sit family does not learn these data; sit takes digits, sdxl scenes"),
         ({"task": "reward", "name": "r", "output": "o", "iterations": 1, "batch_size": 1,
           "optimizer": {"learning_rate": 1}}, "a reward on scenes needs clip, the folder of a CLIPModel"),

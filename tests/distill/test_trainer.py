@@ -367,6 +367,17 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert [schedule(constant, i, 3) for i in range(3)] == [1.0, 1.0, 1.0]
 
 
+def test_the_scheduled_rate_reaches_the_optimizer(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    settings, rates = t.recipe.optimizer, []
+    for _ in range(6):
+        t._step()
+        t.iteration += 1
+        rates.append(t.optimizers["a"].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.05 * schedule(settings, i, 6) for i in range(6)])
+    assert rates[0] == pytest.approx(0.025) and rates[5] < 0.01
+
+
 def test_averages_follow_the_weights_with_a_warm_up(tmp_path: Path) -> None:
     """decay_i = min(ema, (1 + i)/(10 + i)); buffers are copied."""
     t = trainer(tmp_path, ema=0.15)
