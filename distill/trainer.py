@@ -46,10 +46,14 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimizer step of one role: ``loss(micro)`` returns the mean loss of a micro-batch and its telemetry."""
+    """One optimizer step of one role: ``loss(micro)`` returns the mean loss of a micro-batch and its telemetry.
+
+    after: called once when the step is done.
+    """
 
     role: str
     loss: Callable[[int], tuple[Tensor, Telemetry]]
+    after: Callable[[], None] | None = None
 
 
 class Task(Protocol):
@@ -147,6 +151,8 @@ class Trainer:
                 self.optimizers[role].zero_grad(set_to_none=True)
             if self.ema:
                 self._average(phase.role)
+            if phase.after is not None:
+                phase.after()
         return telemetry
 
     def _not_finite(self, role: str) -> TrainingError:
@@ -335,7 +341,8 @@ class _Sink:
         means = {name: float(np.mean([float(v) for v in values])) for name, values in self.values.items()}
         elapsed = time.monotonic() - self.start
         means["samples_per_second"] = (iteration - self.since) * batch_size / max(elapsed, 1e-9)
-        self.file.write(json.dumps({"iteration": iteration, "time": time.time(), **means}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self.file.write(json.dumps({"iteration": iteration, "time": time.time(), **finite}) + "\n")
         self.file.flush()
         for name, value in means.items():
             self.writer.add_scalar(name, value, iteration)

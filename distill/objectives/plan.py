@@ -6,7 +6,7 @@ student's update, weight the fake score's loss, and add losses; hooks combine by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,6 @@ class Hook:
 
     def after_student_step(self) -> None:
         """Called once after each step of the student's optimizer."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}; resume with the same recipe")
 
 
 def student_weights(hooks: Sequence[Hook], rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,13 @@ class DistillationTask:
         self._rollouts, self._telemetry = {}, {}
         r = self.recipe
         trains_student = iteration >= r.fake_warmup and (iteration - r.fake_warmup) % r.fake_per_student == 0
-        plan = [Phase("student", lambda micro: self._student(iteration, micro))] if trains_student else []
-        return [*plan, Phase("fake", lambda micro: self._fake(iteration, micro))]
+        student = Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step)
+        fake = Phase("fake", lambda micro: self._fake(iteration, micro))
+        return [student, fake] if trains_student else [fake]
+
+    def _after_student_step(self) -> None:
+        for hook in self.hooks:
+            hook.after_student_step()
 
     def _student(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe

@@ -166,14 +166,6 @@ def test_hooks_multiply_their_weights_and_add_their_losses() -> None:
     assert bias is not None and plain is not None and float((bias - 8).abs().max()) < 4 * float(plain.abs().max())
 
 
-def test_a_hook_without_state_refuses_a_state() -> None:
-    hook = DynamicScoreAdaptation(0.1)
-    assert hook.state_dict() == {}
-    hook.load_state_dict({})
-    with pytest.raises(ValueError, match="DynamicScoreAdaptation has no state"):
-        hook.load_state_dict({"a": torch.zeros(1)})
-
-
 # --- DMD's fixed point is the teacher ------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import distill.trainer
 from distill.config import Base, Optimizer, load_recipe
+from distill.objectives.plan import Hook
 from distill.run import main
 from distill.tasks.distillation import DistillationTask
 from distill.trainer import Phase, Trainer, TrainingError, generator, grid, schedule
@@ -276,6 +277,21 @@ def test_distillation_trains_its_roles_in_turn_and_never_the_teacher(digits: Pat
     assert moved == [{"fake"}, {"fake", "student"}, {"fake"}, {"fake", "student"}]
     assert {"dm_norm", "ca_norm", "alpha", "beta"} <= telemetry.keys()
     assert_equal(before, t.task.teacher.state_dict())
+
+
+def test_hooks_hear_of_each_step_of_the_student(digits: Path, tmp_path: Path) -> None:
+    class Counting(Hook):
+        steps = 0
+
+        def after_student_step(self) -> None:
+            self.steps += 1
+
+    t, hook = amd(digits, tmp_path), Counting()
+    t.task.hooks.append(hook)
+    for expected in (0, 1, 1, 2):
+        t._step()
+        t.iteration += 1
+        assert hook.steps == expected
 
 
 @torch.no_grad()
