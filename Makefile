@@ -88,6 +88,7 @@ scores: setup
 		$(SCORE) runs/bundles/digits-dmd2 --suite $$suite --steps 4 --label "digits DMD2, 4 steps"; \
 		for steps in 4 50; do $(SCORE) runs/bundles/digits-teacher --suite $$suite --steps $$steps \
 			--label "digits teacher, $$steps steps"; done; done
+	for bundle in bundles/*; do $(BIN)/python -m eval.inscribe $$bundle; done
 	$(BIN)/python -m eval.results
 
 clean:
