@@ -17,22 +17,25 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def x0_from(prediction: str, x_t: Tensor, model_output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Clean estimate from a network's output. α, σ: (B,) float64; the arithmetic of coefficients is float64.
+def convert(
+    prediction: str, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x0, ε, v) of a network's output m, float32; α, σ: (B,) float64, and all arithmetic is float64.
 
-    epsilon: (x_t − σ·m)/α;  v: α·x_t − σ·m;  flow (m = ε − x0, α = 1 − σ): x_t − σ·m.
+    epsilon: x0 = (x_t − σ·m)/α;  v: x0 = α·x_t − σ·m, ε = σ·x_t + α·m;  flow (m = ε − x0, α = 1 − σ): x0 = x_t − σ·m,
+    ε = x_t + α·m. Always v = α·ε − σ·x0.
     """
-    alpha, sigma = expand(alpha.double(), x_t), expand(sigma.double(), x_t)
-    x, m = x_t.double(), model_output.double()
+    a, s = expand(alpha.double(), x_t), expand(sigma.double(), x_t)
+    x, m = x_t.double(), output.double()
     if prediction == "epsilon":
-        x0 = (x - sigma * m) / alpha
+        eps, x0 = m, (x - s * m) / a
     elif prediction == "v":
-        x0 = alpha * x - sigma * m
+        x0, eps = a * x - s * m, s * x + a * m
     elif prediction == "flow":
-        x0 = x - sigma * m
+        x0, eps = x - s * m, x + a * m
     else:
         raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
-    return x0.to(torch.float32)
+    return x0.float(), eps.float(), (a * eps - s * x0).float()
 
 
 def target_for(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

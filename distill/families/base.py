@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.math import expand
 from distill.sampling import Schedule
 
 Condition = dict[str, Tensor]
@@ -82,23 +81,6 @@ def coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(α, σ), each (B,) float64, of times (B,) in the model's own units."""
     times = t.double().cpu().numpy()
     return torch.from_numpy(schedule.alpha(times)).to(t.device), torch.from_numpy(schedule.sigma(times)).to(t.device)
-
-
-def as_prediction(
-    prediction: str, x_t: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor, features: dict[str, Tensor]
-) -> Prediction:
-    """Convert a network's output. Coefficients are float64, results float32."""
-    a, s = expand(alpha, x_t), expand(sigma, x_t)
-    x, m = x_t.double(), output.double()
-    if prediction == "epsilon":
-        eps, x0 = m, (x - s * m) / a
-    elif prediction == "v":
-        x0, eps = a * x - s * m, s * x + a * m
-    elif prediction == "flow":
-        x0, eps = x - s * m, x + a * m
-    else:
-        raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
-    return Prediction(x0.float(), eps.float(), (a * eps - s * x0).float(), features)
 
 
 def preview_matrix(latents: Tensor, images: Tensor) -> tuple[tuple[float, float, float], ...]:

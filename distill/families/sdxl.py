@@ -22,7 +22,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from distill.config import SdxlSource, UnetModel
 from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.export.folder import save_pipeline
-from distill.families.base import Condition, Prediction, as_prediction, coefficients, preview_matrix
+from distill.families.base import Condition, Prediction, coefficients, preview_matrix
+from distill.math import convert
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze, to_float
 
@@ -118,7 +119,7 @@ class Sdxl:
             return_dict=False,
         )[0]
         alpha, sigma = coefficients(self.schedule, t)
-        return as_prediction(self.prediction, x_t, output.float(), alpha, sigma, {})
+        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features={})
 
     def _time_ids(self, x_t: Tensor) -> Tensor:
         height, width = x_t.shape[-2] * self.stride, x_t.shape[-1] * self.stride

@@ -16,7 +16,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from distill.config import SitModel
-from distill.families.base import Condition, Prediction, as_prediction, coefficients, preview_matrix
+from distill.families.base import Condition, Prediction, coefficients, preview_matrix
+from distill.math import convert
 from distill.sampling import Flow
 from distill.tasks.common import save_half
 
@@ -61,7 +62,7 @@ class Sit:
             raise ValueError(f"taps is {tuple(taps)}; the sit family offers none yet")
         output = network(x_t, timestep=TIME_SCALE * t.float(), class_labels=condition["labels"], return_dict=False)[0]
         alpha, sigma = coefficients(self.schedule, t)
-        return as_prediction(self.prediction, x_t, output.float(), alpha, sigma, {})
+        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features={})
 
     def encode(self, prompts: Sequence[int]) -> Condition:
         labels = torch.as_tensor(list(prompts), dtype=torch.int64)

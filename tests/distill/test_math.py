@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import math
-from distill.families.base import as_prediction
+from distill.families.base import Prediction
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
 from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.plan import Hook, Rollout
@@ -45,7 +45,7 @@ class Family:
         output = network(torch.cat((x_t.flatten(1), condition["c"]), 1)).reshape(x_t.shape)
         times = t.double().numpy()
         alpha, sigma = (torch.from_numpy(f(times)) for f in (self.schedule.alpha, self.schedule.sigma))
-        return as_prediction(self.prediction, x_t, output, alpha, sigma, {})
+        return Prediction(*math.convert(self.prediction, x_t, output, alpha, sigma), features={})
 
     def unconditional(self, n: int) -> dict[str, Tensor]:
         return {"c": torch.zeros(n, 2)}
@@ -330,11 +330,10 @@ def test_every_conversion_returns_the_sample_and_the_noise(prediction: str) -> N
     m = CONVERSIONS[prediction](x0, eps, a[:, None], s[:, None])
     tensors = [torch.from_numpy(v) for v in (x_t, m, a, s)]
 
-    result = as_prediction(prediction, *tensors, {})
+    result = Prediction(*math.convert(prediction, *tensors), features={})
     for found, expected in ((result.x0, x0), (result.eps, eps), (result.v, a[:, None] * eps - s[:, None] * x0)):
         assert found.dtype == torch.float32
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(math.x0_from(prediction, *tensors).numpy(), x0, rtol=1e-5, atol=1e-6)
 
     noisy = math.add_noise(torch.from_numpy(x0), torch.from_numpy(eps), tensors[2], tensors[3])
     np.testing.assert_allclose(noisy.numpy(), x_t, rtol=1e-12)
@@ -350,17 +349,15 @@ def test_coefficients_are_used_in_float64() -> None:
     a, s = alpha_sigma("epsilon", np.array([999.0]))
     x_t, m = torch.full((1, 4), 1.2345678), torch.full((1, 4), 1.1987654)
     expected = (float(x_t[0, 0]) - s[0] * float(m[0, 0])) / a[0]
-    found = as_prediction("epsilon", x_t, m, torch.from_numpy(a), torch.from_numpy(s), {}).x0
+    found = math.convert("epsilon", x_t, m, torch.from_numpy(a), torch.from_numpy(s))[0]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7)
-    np.testing.assert_allclose(math.x0_from("epsilon", x_t, m, *map(torch.from_numpy, (a, s))), expected, rtol=1e-7)
 
 
 def test_unknown_predictions_are_refused() -> None:
     x, c = torch.zeros(1, 2), torch.ones(1)
     for call in (
-        lambda: math.x0_from("score", x, x, c, c),
+        lambda: math.convert("score", x, x, c, c),
         lambda: math.target_for("score", x, x, c, c),
-        lambda: as_prediction("score", x, x, c, c, {}),
     ):
         with pytest.raises(ValueError, match="'score'; use epsilon, v or flow"):
             call()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.families.base import as_prediction, coefficients
-from distill.math import group_advantage
+from distill.families.base import Prediction, coefficients
+from distill.math import convert, group_advantage
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
 from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.plan import Hook, Rollout, fake_weight, student_weights
@@ -31,7 +31,7 @@ class ExactFamily:
     def predict(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Any:
         x0 = network(x_t, t.to(x_t)[:, None], condition["c"])
         alpha, sigma = coefficients(self.schedule, t)
-        return as_prediction("flow", x_t, (x_t - x0) / t.to(x_t)[:, None], alpha, sigma, {})
+        return Prediction(*convert("flow", x_t, (x_t - x0) / t.to(x_t)[:, None], alpha, sigma), features={})
 
     def unconditional(self, n: int) -> dict[str, Tensor]:
         return {"c": torch.zeros(n, 1)}
