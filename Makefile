@@ -74,7 +74,7 @@ scores: setup
 	mkdir -p runs/bundles
 	set -e; for name in $(CONTROLS); do rm -rf runs/bundles/$$name; cp -r models/$$name runs/bundles/$$name; \
 		$(BIN)/python -m distill.export runs/bundles/$$name --to onnx; done
-	test -d models/digits-cnn || $(BIN)/python -m eval.metrics.digits
+	test -d models/digits-cnn || $(BIN)/python -m eval.digits
 	set -e; for suite in $(SCENES) scenes-fid; do \
 		for steps in 1 2 4; do $(SCORE) bundles/scenes-sdxl --suite $$suite --steps $$steps \
 			--label "AMD, $$steps step$$(test $$steps = 1 || echo s)"; done; \

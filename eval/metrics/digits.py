@@ -1,6 +1,6 @@
 """Judging digits: a small classifier, whose features serve FID and KID and whose answer serves accuracy.
 
-    python -m eval.metrics.digits --out models/digits-cnn      # trains it in seconds and says how good it is
+    python -m eval.digits --out models/digits-cnn      # trains it in seconds and says how good it is
 
 It has the architecture of the digits' reward but is another network: a student that learns to please its reward must
 still convince this one. It is trained on the training scans and measured on the held-out ones; that accuracy is the
@@ -9,8 +9,6 @@ ceiling of every score that it gives and is kept beside its weights.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +93,7 @@ def load_features(path: Path) -> Features:
 def load(path: Path) -> DigitClassifier:
     """The classifier in a judge's folder."""
     if not (path / "config.json").is_file():
-        raise EvalError(f"{path / 'config.json'} is missing; make it with: python -m eval.metrics.digits --out {path}")
+        raise EvalError(f"{path / 'config.json'} is missing; make it with: python -m eval.digits --out {path}")
     return DigitClassifier.load(path)
 
 
@@ -123,21 +121,3 @@ class DigitAccuracy(PerSampleMetric):
         self._need(len(self._values))
         values = np.array(self._values)
         return self._score(proportion(values, self._clusters), values, {"classifier": self._identity}).check()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.metrics.digits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=judges.DEFAULT_FOLDER / NAME, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args(arguments)
-    model = train(args.seed)
-    right, count = held_out_accuracy(model)
-    model.save(args.out, right / count)
-    print(f"right on {right} of {count} held-out scans ({100 * right / count:.1f} %)\nwrote {args.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from eval.prompts import Prompt, build_prompts, load_suite
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("judges")
-    assert digits.main(["--out", str(root / "digits-cnn")]) == 0
+    command = [sys.executable, "-m", "eval.digits", "--out", str(root / "digits-cnn")]
+    assert "held-out scans" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return root
 
 
