@@ -69,7 +69,7 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="digits-cnn is missing"):
         create("digit-accuracy", folder=tmp_path)
     (tmp_path / "digits-cnn").mkdir()
-    with pytest.raises(EvalError, match=r"config\.json is missing; make it with: python -m eval\.metrics\.digits"):
+    with pytest.raises(EvalError, match=r"config\.json is missing; make it with: python -m eval\.digits"):
         create("digit-accuracy", folder=tmp_path)
     wrong = create("fid", folder=folder, extractor="digits-cnn", reference_world="digits")
     prompts = tuple(Prompt(f"p{i}", "1", i, label=1) for i in (0, 1))
