@@ -9,7 +9,6 @@ It is the judge of compositional accuracy, the held-out metric: no model is ever
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from distill.data.scenes import CAMERA, FIELD_OF_VIEW, LOOK_AT
-from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Thing
+from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES
 
 STRIDE = 4
 ATTRIBUTES = (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES), ("material", MATERIALS))
@@ -108,15 +106,3 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)  # type: ignore[no-any-return]
-
-
-def project(thing: Thing) -> tuple[float, float]:
-    """Where a thing's centre appears: (u, v) in [0, 1] from the left and the top of the picture."""
-    height = thing.radius * {"sphere": 1.0, "cube": 0.80, "cylinder": 0.88}[thing.shape]
-    camera, target = torch.tensor(CAMERA), torch.tensor(LOOK_AT)
-    forward = nn.functional.normalize(target - camera, dim=0)
-    right = nn.functional.normalize(torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), forward), dim=0)
-    up = torch.linalg.cross(forward, right)
-    offset = torch.tensor([thing.x, height, thing.z]) - camera
-    depth = float(offset @ forward) * math.tan(FIELD_OF_VIEW / 2)
-    return 0.5 + 0.5 * float(offset @ right) / depth, 0.5 - 0.5 * float(offset @ up) / depth

@@ -12,16 +12,14 @@ import importlib
 import json
 import logging
 import os
-import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distill.config import RecipeError, load_recipe
+from distill.provenance import provenance
 
 TASKS = {
     "vae": "distill.tasks.vae:VaeTask",
@@ -31,7 +29,6 @@ TASKS = {
     "diffusion": "distill.tasks.diffusion:DiffusionTask",
     "distill": "distill.tasks.distillation:DistillationTask",
 }
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,32 +84,6 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
         return 130
     print(f"wrote {recipe.output} (logs, previews and checkpoints in {folder})")
     return 0
-
-
-def provenance(recipe: Any) -> dict[str, Any]:
-    """What a later reader needs to trust a result: resolved recipe, code revision, packages, time."""
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "revision": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _check_inputs(recipe: Any) -> None:

@@ -65,9 +65,9 @@ _RGB = {
     "cyan": (0.10, 0.68, 0.74),
     "yellow": (0.92, 0.78, 0.08),
 }
-CAMERA = (0.0, 4.1, -6.6)
-LOOK_AT = (0.0, 0.30, 0.05)
-FIELD_OF_VIEW = math.radians(37.0)
+_CAMERA = (0.0, 4.1, -6.6)
+_LOOK_AT = (0.0, 0.30, 0.05)
+_FIELD_OF_VIEW = math.radians(37.0)
 _LIGHT_HALF_ANGLE = 0.11
 _NO_THING = (0.0, -1e3, 0.0, 0.0)
 """Stands in for a missing neighbour: far below the ground, where it shadows nothing."""
@@ -120,26 +120,35 @@ def _render(scenes: list[Scene], size: int, samples: int, device: str) -> Tensor
 
 def _camera_axes() -> tuple[tuple[float, ...], ...]:
     """Unit vectors right, up, forward of a camera that stands upright with x to its right."""
-    (cx, cy, cz), (tx, ty, tz) = CAMERA, LOOK_AT
+    (cx, cy, cz), (tx, ty, tz) = _CAMERA, _LOOK_AT
     assert cx == tx, "the camera looks along the z axis"
     length = math.hypot(ty - cy, tz - cz)
     y, z = (ty - cy) / length, (tz - cz) / length
     return (1.0, 0.0, 0.0), (0.0, z, -y), (0.0, y, z)
 
 
+def project(thing: Thing) -> tuple[float, float]:
+    """Where a thing's centre appears: (u, v) in [0, 1] from the left and the top of the picture."""
+    centre = (thing.x, _box(thing)[1], thing.z)
+    offset = [part - eye for part, eye in zip(centre, _CAMERA, strict=True)]
+    right, up, depth = (sum(a * b for a, b in zip(axis, offset, strict=True)) for axis in _camera_axes())
+    scale = 0.5 / (depth * math.tan(_FIELD_OF_VIEW / 2))
+    return 0.5 + right * scale, 0.5 - up * scale
+
+
 def _directions(row: Tensor, column: Tensor, size: int) -> Vector:
     """Rays through pixel centres, scaled to 1 along the camera's axis. row: (…, H, 1), column: (…, 1, W)."""
     _, up, forward = _camera_axes()
-    slope = math.tan(FIELD_OF_VIEW / 2)
+    slope = math.tan(_FIELD_OF_VIEW / 2)
     u, v = ((column + 0.5) / size * 2 - 1) * slope, (1 - (row + 0.5) / size * 2) * slope
     return u, forward[1] + up[1] * v, forward[2] + up[2] * v
 
 
 def _window(points: Vector, size: int) -> tuple[Tensor, Tensor]:
     """Rows (n, H, 1) and columns (n, 1, W) of the pixels that hold the hulls of world points (n, k)."""
-    seen = torch.stack([part - eye for part, eye in zip(points, CAMERA, strict=True)], -1)
+    seen = torch.stack([part - eye for part, eye in zip(points, _CAMERA, strict=True)], -1)
     right, up, depth = (seen @ torch.tensor(_camera_axes(), device=seen.device).T).unbind(-1)
-    scale = 0.5 * size / (depth.clamp_min(0.1) * math.tan(FIELD_OF_VIEW / 2))
+    scale = 0.5 * size / (depth.clamp_min(0.1) * math.tan(_FIELD_OF_VIEW / 2))
     return _span(0.5 * size - up * scale, size)[:, :, None], _span(0.5 * size + right * scale, size)[:, None, :]
 
 
@@ -310,7 +319,7 @@ def _trace(group: _Group, size: int, samples: int, pixels: int) -> tuple[Tensor,
     """Where rays meet the things: places in the batch's radiance (P,), depths (P,) and linear radiance (3, P)."""
     row, column = _window(_outline(group), size * samples)
     ray = _directions(row, column, size * samples)
-    origin = _to_local(group, tuple(eye - centre for eye, centre in zip(CAMERA, group.centre, strict=True)))
+    origin = _to_local(group, tuple(eye - centre for eye, centre in zip(_CAMERA, group.centre, strict=True)))
     near, far = _interval(group, origin, direction := _to_local(group, ray))
     found = torch.nonzero(((near < far) & (near > 0)).flatten()).flatten()
     colour = _surface(group, tuple(o + near * d for o, d in zip(origin, direction, strict=True)), ray)
@@ -419,8 +428,8 @@ def _ground(scenes: list[Scene], groups: list[_Group], size: int, device: str) -
 def _ground_points(row: Tensor, column: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """x and z at which rays through pixels meet the ground."""
     dx, dy, dz = _directions(row, column, size)
-    t = (CAMERA[1] / (-dy).clamp_min(1e-3)).clamp_max(40.0)
-    return CAMERA[0] + t * dx, CAMERA[2] + t * dz
+    t = (_CAMERA[1] / (-dy).clamp_min(1e-3)).clamp_max(40.0)
+    return _CAMERA[0] + t * dx, _CAMERA[2] + t * dz
 
 
 def _cast_shadow(group: _Group, size: int) -> tuple[Tensor, Tensor]:

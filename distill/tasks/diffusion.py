@@ -17,7 +17,7 @@ from distill.families.base import Condition, coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.math import add_noise, target_for
-from distill.run import provenance
+from distill.provenance import provenance
 from distill.sampling import Schedule, noise, ode_table
 from distill.tasks.common import autocast, to_uint8
 from distill.tasks.samples import PREVIEW_PROMPTS, samples_for

@@ -25,8 +25,8 @@ from distill.math import add_noise, group_advantage
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
 from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.plan import Hook, Rollout
+from distill.provenance import provenance
 from distill.rewards import load_reward
-from distill.run import provenance
 from distill.sampling import student_table
 from distill.tasks.common import autocast, freeze, to_uint8
 from distill.tasks.diffusion import draw_times, sample

@@ -14,8 +14,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from distill.config import LabellerRecipe
 from distill.data.cache import HELD_OUT_SEED, scene_images
+from distill.data.scenes import project
 from distill.data.world import Scene, sample_scene
-from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller, project
+from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller
 from distill.tasks.common import autocast, batch_indices, to_float
 from distill.trainer import Phase, Telemetry, generator
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.data.scenes import render
+from distill.data.scenes import project, render
 from distill.data.world import MATERIALS, SHAPES, SIZES, Scene, Thing, sample_scene
-from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller, project
+from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller
 from distill.tasks.labeller import matches, targets
 
 
