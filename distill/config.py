@@ -106,6 +106,7 @@ class ClipRecipe(Base):
     projection: int = 128
     max_tokens: int = 40
     hard_negatives: int = Field(1, ge=0, description="wrong captions per picture")
+    facts_weight: float = Field(1.0, ge=0, description="of the loss that reads the facts from each tower")
     optimizer: Optimizer
 
 
@@ -151,6 +152,14 @@ class SdxlSource(Strict):
     text_encoder: str
     text_encoder_2: str
     unet: UnetModel = UnetModel()
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    zero_terminal_snr: bool = Field(False, description="the last timestep is pure noise; needs prediction v")
+
+    @model_validator(mode="after")
+    def _noise_is_predictable(self) -> SdxlSource:
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError("zero_terminal_snr needs prediction: v, because ε says nothing of x0 in pure noise")
+        return self
 
 
 class SitModel(Strict):

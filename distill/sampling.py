@@ -39,11 +39,17 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class ScaledLinear:
-    """Stable Diffusion's and SDXL's discrete schedule: √β linear from 0.00085 to 0.012 in 1000 steps."""
+    """Stable Diffusion's and SDXL's discrete schedule: √β linear from 0.00085 to 0.012 in 1000 steps.
+
+    zero_terminal: √ᾱ shifted and scaled so that the last timestep is pure noise (Lin et al., arXiv 2305.08891,
+    algorithm 1). Samplers start from pure noise; without it training never sees any, and what shines through at
+    timestep 999 (√ᾱ = 0.068) is enough to learn the layout from. Needs v-prediction: at ᾱ = 0, ε says nothing of x0.
+    """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_timesteps: int = 1000
+    zero_terminal: bool = False
 
     @property
     def t_max(self) -> float:
@@ -52,7 +58,11 @@ class ScaledLinear:
     @property
     def alphas_cumprod(self) -> Array:
         betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps) ** 2
-        return np.asarray(np.cumprod(1.0 - betas))
+        cumulative = np.cumprod(1.0 - betas)
+        if not self.zero_terminal:
+            return np.asarray(cumulative)
+        root = np.sqrt(cumulative)
+        return np.asarray(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
     def alpha(self, t: Array) -> Array:
         return np.asarray(np.sqrt(self.alphas_cumprod[np.asarray(t, dtype=np.int64)]))

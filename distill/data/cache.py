@@ -16,7 +16,7 @@ from tqdm import tqdm
 from distill.data import scenes
 
 CACHE = Path(os.environ.get("LEAPFROG_CACHE", "runs/cache"))
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Raise it when a change of distill.data.scenes changes pictures, so that cached ones are not reused."""
 HELD_OUT_SEED = 9_001
 """A stream of scenes that no training uses."""

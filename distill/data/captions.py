@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, combinations, permutations
 
 from numpy.random import Generator, default_rng
 
-from distill.data.world import CLIP_SECONDS, COLOURS, MATERIALS, Scene, Thing, relation, sample_scene
+from distill.data.world import CLIP_SECONDS, COLOURS, MATERIALS, Scene, Thing, holds, relation, sample_scene
 
+ATTRIBUTES = ("shape", "colour", "size", "material")
 P_SIZE, P_MATERIAL, P_RELATION = 0.8, 0.8, 0.85
 
 _SHAPES = {"sphere": ("sphere", "ball"), "cube": ("cube", "block"), "cylinder": ("cylinder",)}
@@ -53,10 +54,19 @@ class Described:
     size: str | None
     material: str | None
 
+    @property
+    def stated(self) -> list[tuple[str, str]]:
+        """(attribute, value) of all that is stated."""
+        pairs = [(name, getattr(self, name)) for name in ATTRIBUTES]
+        return [(name, value) for name, value in pairs if value is not None]
+
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and its facts. relations: (i, name, j) is "thing i stands ``name`` of thing j"; motion: (i, name)."""
+    """A text and its facts. things: in the order of their mention; the numbers below are their ``index``.
+
+    relations: (i, name, j) is "thing i stands ``name`` of thing j"; motion: (i, name).
+    """
 
     text: str
     things: tuple[Described, ...]
@@ -128,7 +138,21 @@ def describe(scene: Scene, rng: Generator, *, full: bool = False) -> Caption:
     else:
         text, stated = _listing(phrases, moving, rng), []
     facts = tuple((i, name, j) for a, name, b in stated for i in a.members for j in b.members)
-    return Caption(text, tuple(described), facts, motion)
+    mentioned = sorted(phrases, key=lambda phrase: text.find(phrase.indefinite))
+    things = tuple(described[i] for phrase in mentioned for i in phrase.members)
+    return Caption(text, things, facts, motion)
+
+
+def true_of(caption: Caption, scene: Scene) -> bool:
+    """Whether the scene shows exactly the caption's things, with all that is stated of them; motion is not judged."""
+    if len(caption.things) != len(scene.things):
+        return False
+    for chosen in permutations(scene.things):
+        found = {described.index: thing for described, thing in zip(caption.things, chosen, strict=True)}
+        fits = all(getattr(found[d.index], name) == stated for d in caption.things for name, stated in d.stated)
+        if fits and all(holds(name, found[i], found[j]) for i, name, j in caption.relations):
+            return True
+    return False
 
 
 # --- facts -----------------------------------------------------------------------------------------------------

@@ -191,7 +191,8 @@ def _groups(scenes: list[Scene], device: str) -> list[_Group]:
             others = [_bounds(o, b) for j, (o, b) in enumerate(zip(scene.things, boxes, strict=True)) if j != i]
             others += [_NO_THING] * (most - len(scene.things))
             turn = (math.cos(thing.yaw), math.sin(thing.yaw))
-            finish = (1.0, 1.3, 90.0) if thing.material == "metal" else (0.0, 0.05, 12.0)
+            glint = 90.0 if thing.shape == "sphere" else 36.0
+            finish = (1.0, 1.3, glint) if thing.material == "metal" else (0.0, 0.05, 12.0)
             row: tuple[float, ...] = (
                 thing.x,
                 boxes[i][1],
@@ -344,9 +345,21 @@ def _normal(group: _Group, point: Vector) -> Vector:
     return x * scale, y.sign() * ~side, z * scale
 
 
+def _cushioned(group: _Group, normal: Vector, point: Vector) -> Vector:
+    """Normals of metal bent outwards over each face, so that a flat one mirrors a stretch of the sky and glints.
+
+    Truly flat metal shows one level per face and cannot be told from rubber in a small picture.
+    """
+    bend = 0.65 * group.metal
+    sides = (group.half, group.height, group.half)
+    bent = tuple(n + bend * p / side for n, p, side in zip(normal, point, sides, strict=True))
+    inverse = _dot(bent, bent).rsqrt()
+    return tuple(part * inverse for part in bent)
+
+
 def _surface(group: _Group, point: Vector, ray: Vector) -> Vector:
     """Linear radiance of things. point: on the surface, own frame; ray: from the camera, world, of any length."""
-    normal = _to_world(group, _normal(group, point))
+    normal = _to_world(group, _cushioned(group, _normal(group, point), point))
     world = _to_world(group, point)
     inverse = _dot(ray, ray).rsqrt()
     ray = (ray[0] * inverse, ray[1] * inverse, ray[2] * inverse)
@@ -364,8 +377,8 @@ def _surface(group: _Group, point: Vector, ray: Vector) -> Vector:
     ambient = (0.29 + 0.13 * normal[1]) * contact + 0.78 * facing
     mirror = ray[1] - 2 * along * normal[1]
     horizon = torch.sigmoid(9 * mirror)
-    environment = 0.30 + horizon * (0.16 + 0.50 * mirror.clamp_min(0))
-    streak = torch.exp(-40 * (mirror - 0.45) ** 2) * 0.35
+    environment = 0.18 + horizon * (0.10 + 0.75 * mirror.clamp_min(0))
+    streak = torch.exp(-40 * (mirror - 0.45) ** 2) * 0.45
     reflected = group.metal * (0.95 * environment + streak) * contact
     white = (1 + along).clamp(0, 1) ** 4 * reflected
     tinted = torch.where(group.metal > 0, reflected - white + 0.35 * facing, ambient)

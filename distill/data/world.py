@@ -138,7 +138,8 @@ def _place(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, fl
             for (px, pz), other in zip(placed, radii[:i], strict=False):
                 dx, dz = x - px, z - pz
                 distance, reach = math.hypot(dx, dz), radius + other
-                hidden = abs(dx) < 0.75 * reach and abs(dz) < reach + 0.45
+                taller = (other - radius) * math.copysign(1, dz)  # how much the nearer one outgrows the farther
+                hidden = abs(dx) < 0.85 * reach and abs(dz) < reach + 0.45 + taller
                 if distance < reach + 0.12 or hidden or max(abs(dx), abs(dz)) < RELATION_MARGIN:
                     clear = False
                     break

@@ -1,12 +1,14 @@
-"""SDXL's family: UNet2DConditionModel on AutoencoderKL latents, two CLIP text encoders, ε-prediction, 1000 timesteps.
+"""SDXL's family: UNet2DConditionModel on AutoencoderKL latents, two CLIP text encoders, 1000 timesteps.
 
 Traps kept in one place: the unconditional input is zeros for text and pooled text; the size conditioning is
-(H, W, 0, 0, H, W); timestep 999 is not pure noise (√ᾱ = 0.068), yet samplers start from N(0, 1).
+(H, W, 0, 0, H, W); SDXL predicts ε and its timestep 999 is not pure noise (√ᾱ = 0.068), yet samplers start from
+N(0, 1). Fine-tunes that predict v, with a schedule that does end in pure noise, say so in their scheduler's config.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ from distill.math import convert
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze, to_float
 
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
+"""Our names and diffusers'."""
+
 
 class Sdxl:
     """The parts that all roles share: autoencoder, text encoders, tokenizers and the schedule."""
 
-    name, prediction = "sdxl", "epsilon"
+    name = "sdxl"
 
     def __init__(
         self,
@@ -39,13 +44,17 @@ class Sdxl:
         text_encoder: Any,
         text_encoder_2: Any,
         tokenizer: Any,
+        *,
+        prediction: str = "epsilon",
+        schedule: ScaledLinear | None = None,
         unet: UnetModel | None = None,
     ) -> None:
         """vae: AutoencoderKL; text_encoder: CLIPTextModel; text_encoder_2: CLIPTextModelWithProjection."""
         self.vae: Any = freeze(vae)
         self.text_encoder: Any = freeze(text_encoder)
         self.text_encoder_2: Any = freeze(text_encoder_2)
-        self.tokenizer, self.schedule, self._unet = tokenizer, ScaledLinear(), unet
+        self.tokenizer, self._unet = tokenizer, unet
+        self.prediction, self.schedule = prediction, schedule or ScaledLinear()
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.size = int(vae.config.sample_size)
 
@@ -59,13 +68,16 @@ class Sdxl:
                 source.text_encoder_2, attn_implementation="eager", dtype=torch.float32
             ),
             CLIPTokenizer.from_pretrained(Path(source.text_encoder_2).parent / "tokenizer"),
-            source.unet,
+            prediction=source.prediction,
+            schedule=ScaledLinear(zero_terminal=source.zero_terminal_snr),
+            unet=source.unet,
         )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> tuple[Sdxl, Any]:
         """From a diffusers folder: the family and the network in it."""
         root = Path(folder)
+        prediction, schedule = _read_scheduler(root / "scheduler" / "scheduler_config.json")
         family = cls(
             AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
             CLIPTextModel.from_pretrained(root / "text_encoder", attn_implementation="eager", dtype=torch.float32),
@@ -73,6 +85,8 @@ class Sdxl:
                 root / "text_encoder_2", attn_implementation="eager", dtype=torch.float32
             ),
             CLIPTokenizer.from_pretrained(root / "tokenizer"),
+            prediction=prediction,
+            schedule=schedule,
         )
         network: Any = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32)
         network.set_attn_processor(AttnProcessor())
@@ -175,7 +189,8 @@ class Sdxl:
                 beta_schedule="scaled_linear",
                 num_train_timesteps=self.schedule.num_timesteps,
                 original_inference_steps=self.schedule.num_timesteps,
-                prediction_type=self.prediction,
+                prediction_type=_PREDICTION_TYPES[self.prediction],
+                rescale_betas_zero_snr=self.schedule.zero_terminal,
             ),
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
@@ -194,3 +209,21 @@ class Sdxl:
             "max_tokens": int(self.tokenizer.model_max_length),
             "preview": preview_matrix(self.encode_images(images), images),
         }
+
+
+def _read_scheduler(path: Path) -> tuple[str, ScaledLinear]:
+    """The prediction and the schedule that a diffusers scheduler_config.json names. Raises ValueError for others."""
+    config = json.loads(path.read_text())
+    kind, names = config.get("prediction_type", "epsilon"), {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
+    if kind not in names or config.get("beta_schedule") != "scaled_linear":
+        raise ValueError(
+            f"{path} says prediction_type {kind!r} and beta_schedule {config.get('beta_schedule')!r}; the sdxl family "
+            f"takes {' or '.join(names)} on scaled_linear"
+        )
+    schedule = ScaledLinear(
+        float(config["beta_start"]),
+        float(config["beta_end"]),
+        int(config["num_train_timesteps"]),
+        bool(config.get("rescale_betas_zero_snr", False)),
+    )
+    return names[kind], schedule

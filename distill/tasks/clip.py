@@ -1,5 +1,8 @@
 """scenes-clip: transformers' CLIPModel on rendered scenes and their captions, with two text towers as SDXL has.
 
+Beside the contrastive loss, linear heads that are thrown away later read the facts from what others will use: from
+both text towers' penultimate states and the pooled text, which guide the UNet, and from the image tower.
+
     python -m distill.run recipes/scenes-clip.yaml
 
 The output folder holds the CLIPModel itself (image tower: the feature extractor of the embedded FID), the tokenizer,
@@ -27,18 +30,27 @@ from transformers import (
 
 from distill.config import ClipRecipe, ClipTower
 from distill.data.cache import HELD_OUT_SEED, scene_images
-from distill.data.captions import describe
+from distill.data.captions import Caption, describe, true_of
 from distill.data.tokenizer import build_tokenizer
 from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Scene, sample_scene
 from distill.tasks.common import autocast, batch_indices, save_half, to_float
+from distill.tasks.facts import FactsHead, caption_facts, facts_loss, scene_facts
 from distill.trainer import Phase, Telemetry, seeded
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 """CLIP's image normalisation for scenes: pixels enter in [−1, 1]."""
 
 
-def wrong_scene(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs in one fact: an attribute of one thing, or two different things change places."""
+def wrong_caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A full caption that is false of the scene, but true of one that differs from it in one fact."""
+    while True:
+        caption = describe(_changed(scene, rng), rng, full=True)
+        if not true_of(caption, scene):
+            return caption
+
+
+def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with another value of one thing's attribute, or with two different things in each other's place."""
     things = list(scene.things)
     if len(things) > 1 and rng.random() < 0.4:
         i, j = rng.choice(len(things), 2, replace=False)
@@ -72,7 +84,10 @@ def tower(settings: ClipTower, tokenizer: CLIPTokenizer, projection: int) -> dic
 
 
 class ClipTask:
-    """Symmetric contrastive loss for both text towers; wrong captions join each row of the picture-to-text softmax."""
+    """Symmetric contrastive loss for both text towers; wrong captions join each row of the picture-to-text softmax.
+
+    The facts are read at each caption's first end token, where CLIP pools.
+    """
 
     def __init__(self, recipe: ClipRecipe) -> None:
         self.recipe = recipe
@@ -95,7 +110,15 @@ class ClipTask:
         self.clip = CLIPModel(config).train()
         small = CLIPTextConfig(**tower(recipe.text_small, self.tokenizer, recipe.projection))
         self.small = CLIPTextModelWithProjection(small).train()
-        self.roles: dict[str, nn.Module] = {"clip": nn.ModuleDict({"clip": self.clip, "small": self.small})}
+        widths = {
+            "image": recipe.vision.width,
+            "big": recipe.text.width,
+            "small": recipe.text_small.width,
+            "pooled": recipe.projection,
+        }
+        self.heads = nn.ModuleDict({name: FactsHead(width) for name, width in widths.items()})
+        parts = {"clip": self.clip, "small": self.small, "heads": self.heads}
+        self.roles: dict[str, nn.Module] = {"clip": nn.ModuleDict(parts)}
         self.optimizers = {"clip": recipe.optimizer}
         self.images = scene_images(recipe.data.seed, recipe.data.count, recipe.data.size)
 
@@ -111,23 +134,40 @@ class ClipTask:
         index = np.sort(batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, r.data.count))
         rng = seeded(r.seed, iteration, micro, "captions")
         scenes = [sample_scene(r.data.seed, int(i)) for i in index]
-        texts = [describe(s, rng, full=bool(rng.random() < 0.5)).text for s in scenes]
+        captions = [describe(s, rng, full=bool(rng.random() < 0.5)) for s in scenes]
         for _ in range(r.hard_negatives):
-            texts += [describe(wrong_scene(s, rng), rng, full=True).text for s in scenes]
-        ids, pixels = self.tokens(texts), to_float(self.images[index])
+            captions += [wrong_caption(s, rng) for s in scenes]
+        ids, pixels = self.tokens([caption.text for caption in captions]), to_float(self.images[index])
         with autocast(r.precision):
-            image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
-            big = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
-            small = self.small(input_ids=ids).text_embeds
+            seen = self.clip.vision_model(pixel_values=pixels).pooler_output
+            big = self.clip.text_model(input_ids=ids, output_hidden_states=True)
+            small = self.small(input_ids=ids, output_hidden_states=True)
+            image = self.clip.visual_projection(seen)
+            embeds = {"big": self.clip.text_projection(big.pooler_output), "small": small.text_embeds}
+            end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
+            row = torch.arange(len(ids))
+            states = {"big": big.hidden_states[-2][row, end], "small": small.hidden_states[-2][row, end]}
+            states |= {"pooled": embeds["big"], "image": seen}
+            read = {name: head(states[name]) for name, head in self.heads.items()}
+        stated = torch.tensor([caption_facts(caption) for caption in captions])
+        shown = torch.tensor([scene_facts(scene) for scene in scenes])
+        loss, values = self._contrast(image, embeds)
+        for name, logits in read.items():
+            facts, values[f"{name}/facts"] = facts_loss(logits, shown if name == "image" else stated)
+            loss = loss + r.facts_weight * facts
+        return loss, values
+
+    def _contrast(self, image: Tensor, embeds: dict[str, Tensor]) -> tuple[Tensor, Telemetry]:
         image = normalize(image.float(), dim=-1)
         scale = self.clip.logit_scale.exp().clamp_max(100.0)
         target = torch.arange(len(image))
-        loss, values = torch.zeros(()), {}
-        for name, embeds in (("big", big), ("small", small)):
-            logits = scale * image @ normalize(embeds.float(), dim=-1).T
+        loss = torch.zeros(())
+        values: dict[str, Tensor | float] = {"scale": scale.detach()}
+        for name, text in embeds.items():
+            logits = scale * image @ normalize(text.float(), dim=-1).T
             loss = loss + 0.5 * cross_entropy(logits, target) + 0.5 * cross_entropy(logits[:, : len(image)].T, target)
             values[f"{name}/accuracy"] = (logits.argmax(1) == target).float().mean()
-        return loss, values | {"scale": scale.detach()}
+        return loss, values
 
     def preview(self) -> Tensor:
         return torch.from_numpy(np.array(self.images[:16]))
@@ -142,8 +182,9 @@ class ClipTask:
             self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output), dim=-1
         )
         scores = []
-        for source in (scenes, [wrong_scene(s, rng) for s in scenes]):
-            ids = self.tokens([describe(s, rng, full=True).text for s in source])
+        right = [describe(s, rng, full=True) for s in scenes]
+        for captions in (right, [wrong_caption(s, rng) for s in scenes]):
+            ids = self.tokens([caption.text for caption in captions])
             text = normalize(self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output), dim=-1)
             scores.append((image * text).sum(1))
         return float((scores[0] > scores[1]).float().mean())

@@ -77,7 +77,8 @@ class DiffusionTask:
         r, family = self.recipe, self.family
         rng = generator(r.seed, iteration, micro, "noise")
         x0, prompts = self.samples.batch(iteration, micro, r.batch_size // r.accumulate)
-        condition, empty = family.encode(prompts), family.unconditional(len(x0))
+        with autocast(r.precision):
+            condition, empty = family.encode(prompts), family.unconditional(len(x0))
         dropped = torch.rand(len(x0), generator=rng) < r.drop_condition
         condition = {k: torch.where(_like(dropped, v), empty[k], v) for k, v in condition.items()}
         t = draw_times(family.schedule, len(x0), rng)

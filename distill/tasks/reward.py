@@ -20,7 +20,7 @@ from distill.data.captions import describe
 from distill.data.digits import load_digits
 from distill.data.world import sample_scene
 from distill.rewards import ClipReward, DigitClassifier, clip_cosine
-from distill.tasks.clip import wrong_scene
+from distill.tasks.clip import wrong_caption
 from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator, seeded
 
@@ -81,7 +81,7 @@ class ClipRewardTask:
         clean = to_float(self.images[index])
         damaged = degrade(clean, rng, generator(r.seed, iteration, micro, "noise"))
         right = [describe(s, rng, full=True).text for s in scenes]
-        wrong = [describe(wrong_scene(s, rng), rng, full=True).text for s in scenes]
+        wrong = [wrong_caption(s, rng).text for s in scenes]
         with autocast(r.precision):
             cosine = clip_cosine(
                 self.clip, self.tokenizer, torch.cat((clean, damaged, clean)), [*right, *right, *wrong]
@@ -104,7 +104,7 @@ class ClipRewardTask:
         clean = torch.from_numpy(np.array(scene_images(HELD_OUT_SEED, count, data.size)))
         damaged = to_uint8(degrade(to_float(clean), rng, generator(self.recipe.seed, "pairs")))
         right = [describe(s, rng, full=True).text for s in scenes]
-        wrong = [describe(wrong_scene(s, rng), rng, full=True).text for s in scenes]
+        wrong = [wrong_caption(s, rng).text for s in scenes]
         reward = ClipReward(self.clip, self.tokenizer, output.name)
         good = reward.score(clean, right)
         over_damaged = float((good > reward.score(damaged, right)).float().mean())

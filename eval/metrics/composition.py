@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distill.data.captions import Caption, Described
+from distill.data.captions import ATTRIBUTES, Caption
 from eval import judges
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
 from eval.statistics import Interval, bootstrap_mean, wilson
 
-ATTRIBUTES = ("shape", "colour", "size", "material")
 _MOST = 8
 """A picture with more things is wrong anyway; the surest ones are enough for its rates and bound the search."""
 _AXES = {"left": ("x", -1), "right": ("x", 1), "front": ("z", -1), "behind": ("z", 1)}
@@ -96,7 +95,7 @@ def _checks(chosen: Sequence[Detected | None], facts: Caption) -> list[tuple[str
     checks = [
         (name, (thing := found[described.index]) is not None and getattr(thing, name) == stated)
         for described in facts.things
-        for name, stated in _stated(described)
+        for name, stated in described.stated
     ]
     for i, name, j in facts.relations:
         axis, sign = _AXES[name]
@@ -104,11 +103,6 @@ def _checks(chosen: Sequence[Detected | None], facts: Caption) -> list[tuple[str
         holds = a is not None and b is not None and (getattr(a, axis) - getattr(b, axis)) * sign > 0
         checks.append(("relation", holds))
     return checks
-
-
-def _stated(described: Described) -> list[tuple[str, str]]:
-    pairs = [(name, getattr(described, name)) for name in ATTRIBUTES]
-    return [(name, value) for name, value in pairs if value is not None]
 
 
 def _share(flags: list[bool]) -> float | None:

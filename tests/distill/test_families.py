@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +224,38 @@ def test_a_saved_folder_is_a_pipeline_of_diffusers_with_the_students_steps(
     assert pipeline.config.force_zeros_for_empty_prompt
 
 
-def test_a_fresh_network_fits_its_parts(tiny_sources: Path) -> None:
+def fresh(tiny_sources: Path, **options: Any) -> Sdxl:
     source = SdxlSource(
         family="sdxl", vae=str(tiny_sources / "vae"), text_encoder=str(tiny_sources / "text_encoder"),
         text_encoder_2=str(tiny_sources / "text_encoder_2"), unet=UnetModel(block_out_channels=(16, 32), head_dim=8),
+        **options,
     )  # fmt: skip
-    family = Sdxl.from_source(source)
+    return Sdxl.from_source(source)
+
+
+def test_a_family_that_predicts_v_from_pure_noise_survives_its_folder(tiny_sources: Path, tmp_path: Path) -> None:
+    family = fresh(tiny_sources, prediction="v", zero_terminal_snr=True)
+    network = family.new_network().eval()
+    family.save(network, tmp_path)
+    again, _ = Sdxl.from_folder(tmp_path)
+    assert (again.prediction, again.schedule) == ("v", ScaledLinear(zero_terminal=True))
+    x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([999.0, 999.0])
+    with torch.no_grad():
+        found = again.predict(network, x_t, t, again.encode(PROMPTS[:2]))
+    assert bool(found.x0.isfinite().all()) and torch.equal(found.x0, -found.v)
+    torch.testing.assert_close(found.eps, x_t)
+
+
+def test_a_scheduler_of_another_kind_is_refused(tiny_sources: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_sources, tmp_path / "other")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
+    with pytest.raises(ValueError, match="prediction_type 'sample'.*epsilon or v_prediction"):
+        Sdxl.from_folder(folder)
+
+
+def test_a_fresh_network_fits_its_parts(tiny_sources: Path) -> None:
+    family = fresh(tiny_sources)
     network = family.new_network()
     assert family.predict(network, *inputs(family), family.encode(PROMPTS)).x0.shape == (3, 4, 16, 16)
     assert all(isinstance(module, nn.Module) for module in (family.vae, family.text_encoder))

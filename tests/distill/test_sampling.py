@@ -40,6 +40,13 @@ def test_schedule_is_the_product_of_its_betas() -> None:
         assert ScaledLinear().sigma(np.array(t)) == pytest.approx(sigma, rel=1e-12)
 
 
+def test_a_zero_terminal_schedule_ends_in_pure_noise_and_keeps_its_first_timestep() -> None:
+    schedule, plain = ScaledLinear(zero_terminal=True), ScaledLinear()
+    assert schedule.alpha(np.array(999)) == 0 and schedule.sigma(np.array(999)) == 1
+    assert schedule.alpha(np.array(0)) == pytest.approx(plain.alpha(np.array(0)), rel=1e-12)
+    assert bool((np.diff(schedule.alpha(np.arange(1000))) < 0).all())
+
+
 def test_grids_start_at_pure_noise_and_are_evenly_spaced() -> None:
     np.testing.assert_array_equal(ScaledLinear().grid(4), [999, 749, 499, 249])
     np.testing.assert_array_equal(ScaledLinear().grid(1), [999])
@@ -86,19 +93,20 @@ def test_student_row_of_a_flow(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(found, (1 - t_next) * x0 + t_next * z, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("prediction", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
-def test_ode_table_is_ddim(prediction: str, steps: int, rng: np.random.Generator) -> None:
+def test_ode_table_is_ddim(prediction: str, zero: bool, steps: int, rng: np.random.Generator) -> None:
     """DDIM with trailing spacing and η = 0, to 1e-5 of its float32 arithmetic.
 
     set_alpha_to_one is True, because the table ends at α = 1, the clean picture; SDXL's own configuration ends at the
     first timestep, where α = 0.9996, and so leaves that much noise in the result.
     """
     scheduler = DDIMScheduler(
-        **SDXL, prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-    )
+        **SDXL, prediction_type=prediction, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+        rescale_betas_zero_snr=zero,
+    )  # fmt: skip
     scheduler.set_timesteps(steps)
-    table = ode_table(ScaledLinear(), "v" if prediction == "v_prediction" else prediction, steps)
+    table = ode_table(ScaledLinear(zero_terminal=zero), "v" if prediction == "v_prediction" else prediction, steps)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
     for i, t in enumerate(scheduler.timesteps):
         x, m = rng.standard_normal((2, *SHAPE))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 
-from distill.data.captions import Caption, article, describe, vocabulary
+from distill.data.captions import Caption, Described, article, describe, true_of, vocabulary
 from distill.data.world import CLIP_SECONDS, HELD_OUT, Scene, Thing, holds, relation, sample_scene
 
 
@@ -29,11 +30,43 @@ def texts(scene: Scene, count: int = 300, full: bool = False) -> set[str]:
 @pytest.mark.parametrize("moving", [False, True])
 def test_every_stated_attribute_is_that_of_the_thing(moving: bool) -> None:
     for scene, caption in described(moving):
-        assert [d.index for d in caption.things] == list(range(len(scene.things)))
-        for stated, real in zip(caption.things, scene.things, strict=True):
+        assert sorted(d.index for d in caption.things) == list(range(len(scene.things)))
+        for stated in caption.things:
+            real = scene.things[stated.index]
             assert (stated.shape, stated.colour) == (real.shape, real.colour)
             assert stated.size in (None, real.size)
             assert stated.material in (None, real.material)
+
+
+def test_things_come_in_the_order_of_their_mention() -> None:
+    """Every noun of a caption's indefinite phrases, in the order of the text, names the shape of the next thing."""
+    shapes = {"sphere": "sphere", "ball": "sphere", "cube": "cube", "block": "cube", "cylinder": "cylinder"}
+    for _, caption in described(False):
+        phrases = re.findall(r"\b(a|two|three) ([a-z ]+?) (sphere|ball|cube|block|cylinder)(s?)\b", caption.text)
+        named = [(shapes[noun], words) for number, words, noun, _ in phrases
+                 for _ in range({"a": 1, "two": 2, "three": 3}[number])]  # fmt: skip
+        assert [d.shape for d in caption.things] == [shape for shape, _ in named]
+        for told, (_, words) in zip(caption.things, named, strict=True):
+            assert told.colour.replace("gray", "gr") in words
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_captions_are_true_of_their_own_scene_and_rarely_of_another(full: bool) -> None:
+    cases = described(False, full, 400)
+    assert all(true_of(caption, scene) for scene, caption in cases)
+    following = zip(cases, cases[1:], strict=False)
+    assert sum(true_of(caption, scene) for (_, caption), (scene, _) in following) <= 2
+
+
+def test_truth_needs_every_thing_attribute_and_relation() -> None:
+    scene = Scene((thing(x=-1), thing("cube", x=1)))
+    told = (Described(0, "sphere", "red", None, None), Described(1, "cube", "red", "small", None))
+    assert true_of(Caption("", told, ((0, "left", 1),)), scene)
+    assert true_of(Caption("", told[::-1]), scene)
+    assert not true_of(Caption("", told, ((0, "right", 1),)), scene)
+    assert not true_of(Caption("", told[:1]), scene)
+    assert not true_of(Caption("", (told[0], replace(told[1], size="large"))), scene)
+    assert not true_of(Caption("", (told[0], replace(told[0], index=1))), scene)
 
 
 @pytest.mark.parametrize("moving", [False, True])
