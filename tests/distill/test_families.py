@@ -250,7 +250,7 @@ def test_a_scheduler_of_another_kind_is_refused(tiny_sources: Path, tmp_path: Pa
     folder = shutil.copytree(tiny_sources, tmp_path / "other")
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
-    with pytest.raises(ValueError, match="prediction_type 'sample'.*epsilon or v_prediction"):
+    with pytest.raises(ValueError, match=r"prediction_type 'sample'.*epsilon or v_prediction"):
         Sdxl.from_folder(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_things_come_in_the_order_of_their_mention() -> None:
 def test_captions_are_true_of_their_own_scene_and_rarely_of_another(full: bool) -> None:
     cases = described(False, full, 400)
     assert all(true_of(caption, scene) for scene, caption in cases)
-    following = zip(cases, cases[1:], strict=False)
+    following = pairwise(cases)
     assert sum(true_of(caption, scene) for (_, caption), (scene, _) in following) <= 2
 
 
