@@ -210,12 +210,28 @@ class Advantage(Strict):
     """Where a comes from: a reward, normalised within groups of samples of one prompt (Eq. 12)."""
 
     reward: str = Field(description="folder of the reward")
-    group: int = Field(4, ge=2)
-    sigma_floor: float = Field(0.0, ge=0, description="in points of the reward")
+    group: int = Field(4, ge=1, description="samples per prompt; 1 scores and logs the reward without advantages")
+    sigma_floor: float = Field(0.0, ge=0, description="lower bound of a group's deviation, in points of the reward")
+    baseline: Literal["mean", "leave-one-out"] = Field("mean", description="of the group; the paper's is the mean")
+    squash: Literal["clip", "tanh"] = Field("clip", description="what makes ã of a; the paper clips")
+    bound: float = Field(1.0, gt=0, description="ã lies in [−bound, bound]; 1 is inferred from the paper's weights")
+
+
+class Decoupled(Strict):
+    """D-DMD: guidance's part is re-noised between clean and the student's own step, matching's everywhere."""
+
+
+class RewardWeighting(Strict):
+    """Re-DMD: the student's displacement is multiplied by exp(κ·(r − centre)/scale)."""
+
+    kappa: float = Field(2.0, ge=0)
+    centre: float = Field(0.0, description="in points of the reward; the reference's reward is standardised already")
+    scale: float = Field(1.0, gt=0, description="in points of the reward")
+    bound: float | None = Field(None, gt=0, description="of |(r − centre)/scale|; None as the reference")
 
 
 class DistillRecipe(Base):
-    """Few-step distillation. No ``adaptation`` and no ``sharpening`` is DMD2 (without its GAN)."""
+    """Few-step distillation. Without any of the optional sections it is DMD2 (without its GAN)."""
 
     task: Literal["distill"]
     teacher: str
@@ -227,7 +243,13 @@ class DistillRecipe(Base):
         None, description="how often each is trained; None: equally"
     )
     guidance: float = Field(4.0, ge=1, description="ω of the teacher, standard form u + ω(c − u)")
-    fake_per_student: int = Field(5, ge=1, description="fake updates per student update (DMD2's TTUR)")
+    fake_per_student: int = Field(5, ge=1, description="iterations per student update (TTUR)")
+    ttur: Literal["every", "alternating"] = Field(
+        "every", description="the fake is updated in every iteration (DMD2) or in those without the student (FastGen)"
+    )
+    reuse_rollout: bool = Field(
+        True, description="the fake learns from the student's samples of that iteration (DMD2) or from its own draw"
+    )
     fake_warmup: int = Field(0, ge=0, description="iterations before the student's first update")
     time_range: tuple[Fraction, Fraction] = Field(
         (0.02, 0.98), description="of re-noising, as fractions of the time axis"
@@ -237,16 +259,22 @@ class DistillRecipe(Base):
     advantage: Advantage | None = None
     adaptation: Adaptation | None = None
     sharpening: Sharpening | None = None
+    decoupled: Decoupled | None = None
+    reward_weighting: RewardWeighting | None = None
     heldout_rewards: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _coherent(self) -> DistillRecipe:
-        if (self.adaptation or self.sharpening) and self.advantage is None:
-            raise ValueError("adaptation and sharpening need an advantage; add advantage.reward")
-        if self.heldout_rewards and not (self.adaptation or self.sharpening):
+        if (self.adaptation or self.sharpening) and (self.advantage is None or self.advantage.group < 2):
             raise ValueError(
-                "heldout_rewards are read beside the advantage; add adaptation or sharpening, or drop them"
+                "adaptation and sharpening need an advantage; add advantage.reward, and advantage.group of 2 or more"
             )
+        if self.reward_weighting and self.advantage is None:
+            raise ValueError("reward_weighting needs a reward; add advantage.reward, with advantage.group 1 if alone")
+        if self.heldout_rewards and self.advantage is None:
+            raise ValueError("heldout_rewards are read beside the training reward; add advantage.reward, or drop them")
+        if self.ttur == "alternating" and self.fake_per_student < 2:
+            raise ValueError("ttur alternating never updates the fake with fake_per_student 1; use 2 or more")
         if self.advantage and (self.batch_size // self.accumulate) % self.advantage.group:
             raise ValueError(
                 f"micro-batches of {self.batch_size // self.accumulate} do not hold whole groups of "

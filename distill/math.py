@@ -91,23 +91,38 @@ def pseudo_target_loss(x: Tensor, displacement: Tensor) -> Tensor:
     return 0.5 * (x.float() - target).pow(2).flatten(1).mean(1)
 
 
-def group_advantage(rewards: Tensor, group: int, *, sigma_floor: float = 0.0, eps: float = 1e-6) -> Tensor:
+def group_advantage(
+    rewards: Tensor, group: int, *, sigma_floor: float = 0.0, eps: float = 1e-6, leave_one_out: bool = False
+) -> Tensor:
     """a_i = (r_i − μ_g)/(σ_g + ε) within consecutive groups of ``group`` samples of one prompt (AMD Eq. 12). (B,).
 
     sigma_floor: lower bound of σ_g, against bang-bang weights where all samples of a group score alike.
+    leave_one_out: the baseline of a sample is the mean of the others, r_i − μ_{−i} = G/(G − 1)·(r_i − μ_g): unbiased,
+    and larger by that factor, so that more advantages reach a clip.
     """
     if group < 2 or len(rewards) % group:
         raise ValueError(f"{len(rewards)} rewards do not form groups of {group}; use a batch that is a multiple of it")
     # In float32 the mean of equal rewards may differ from them, and their tiny deviation would blow that up to |a| ≈ 1.
     r = rewards.double().reshape(-1, group)
     deviation = r.std(1, unbiased=False, keepdim=True).clamp_min(sigma_floor)
-    return ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten().to(rewards.dtype)
+    advantage = ((r - r.mean(1, keepdim=True)) / (deviation + eps)).flatten()
+    if leave_one_out:
+        advantage = advantage * (group / (group - 1))
+    return advantage.to(rewards.dtype)
 
 
-def adaptive_weights(advantage: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """(α, β) = (1 + s·ã, 1 − s·ã) with ã clipped to [−1, 1] (AMD Eq. 12–13; the linear form is inferred). α + β = 2."""
-    clipped = advantage.clamp(-1.0, 1.0)
-    return 1.0 + strength * clipped, 1.0 - strength * clipped
+def squash(advantage: Tensor, kind: str = "clip", bound: float = 1.0) -> Tensor:
+    """ã in [−bound, bound]: clip(a), or bound·tanh(a/bound), which keeps the order of extreme samples."""
+    if kind == "clip":
+        return advantage.clamp(-bound, bound)
+    if kind == "tanh":
+        return bound * torch.tanh(advantage / bound)
+    raise ValueError(f"squash is {kind!r}; use clip or tanh")
+
+
+def adaptive_weights(squashed: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """(α, β) = (1 + s·ã, 1 − s·ã) of squashed advantages (AMD Eq. 13; the linear form is inferred). α + β = 2."""
+    return 1.0 + strength * squashed, 1.0 - strength * squashed
 
 
 def sharpening_weight(advantage: Tensor, *, group: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from distill import math
 from distill.families.base import Condition, Prediction, coefficients
-from distill.objectives.plan import Hook, Rollout, Telemetry, fake_weight, student_weights
+from distill.objectives.plan import Hook, Matching, Rollout, Telemetry, fake_weight, student_weights
 
 
 def student_loss(
@@ -24,36 +24,77 @@ def student_loss(
     *,
     guidance: float,
     hooks: Sequence[Hook] = (),
+    ca: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Telemetry]:
     """L = ½·mean‖x − sg[x + H/n]‖² with H = β(x_c − x_f) + α(ω − 1)(x_c − x_u) at x_t = α_t·x + σ_t·ε.
 
     (DMD2 Eq. 7 with AMD Eq. 10; α = β = 1 without hooks.) t: (B,) in the model's time, noise like x. Gradients flow
     into rollout.x alone: teacher, fake and weights are detached. n is the per-sample normaliser of unmodified guidance.
+    ca: times and noise of the alignment's part, if it is re-noised apart (D-DMD Eq. 8).
     """
     with torch.no_grad():
-        alpha_t, sigma_t = coefficients(family.schedule, t)
-        x_t = math.add_noise(rollout.samples, noise, alpha_t, sigma_t)
-        x_c, x_u = _both(family, teacher, x_t, t, rollout.condition)
-        x_f = family.predict(fake, x_t, t, rollout.condition).x0
-        alpha, beta = student_weights(hooks, rollout)
-        dm, ca = math.dm_displacement(x_c, x_f), math.ca_displacement(x_c, x_u)
-        scale = math.normaliser(rollout.samples, math.guide(x_u, x_c, guidance))
-        h = math.operator(dm, ca, guidance=guidance, alpha=alpha, beta=beta)
-        step = h / math.expand(scale, h)
+        matching = match(family, teacher, fake, rollout, t, noise, guidance=guidance, hooks=hooks, ca=ca)
+        alpha, beta = student_weights(hooks, rollout, matching)
+        h = math.operator(matching.dm, matching.ca, guidance=guidance, alpha=alpha, beta=beta)
+        for more in (hook.displacement(rollout, matching) for hook in hooks):
+            if more is not None:
+                h = h + more
+        step = h / math.expand(matching.scale, h)
     loss = math.pseudo_target_loss(rollout.x, step).mean()
     for extra in (hook.extra_student_loss(rollout) for hook in hooks):
         if extra is not None:
             loss = loss + extra
+    dm, ca_ = matching.dm.flatten(1), matching.ca.flatten(1)
     telemetry: Telemetry = {
-        "dm_norm": dm.flatten(1).norm(dim=1).mean(),
-        "ca_norm": ca.flatten(1).norm(dim=1).mean(),
-        "dm_ca_cos": cosine_similarity(dm.flatten(1), ca.flatten(1)).mean(),
-        "normaliser": scale.mean(),
+        "dm_norm": dm.norm(dim=1).mean(),
+        "ca_norm": ca_.norm(dim=1).mean(),
+        "dm_ca_cos": cosine_similarity(dm, ca_).mean(),
+        "normaliser": matching.scale.mean(),
         "alpha": alpha.mean(),
         "beta": beta.mean(),
         "x_std": rollout.samples.std(),
     }
+    for hook in hooks:
+        telemetry |= hook.student_telemetry(rollout, matching)
     return loss, telemetry
+
+
+def match(
+    family: Any,
+    teacher: nn.Module,
+    fake: nn.Module,
+    rollout: Rollout,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    guidance: float,
+    hooks: Sequence[Hook] = (),
+    ca: tuple[Tensor, Tensor] | None = None,
+) -> Matching:
+    """Both displacements and the normaliser, from one call of the teacher and one of the fake score (without a graph).
+
+    With ``ca`` the teacher is called at both points and n = mean|x − (x_c + (ω − 1)·ca)|, which is the usual one when
+    the points coincide (D-DMD does not print its normaliser; inferred).
+    """
+    for hook in hooks:
+        teacher = hook.teacher(teacher)
+    alpha_t, sigma_t = coefficients(family.schedule, t)
+    x = rollout.samples
+    x_t = math.add_noise(x, noise, alpha_t, sigma_t)
+    if ca is None:
+        x_c, x_u = both(family, teacher, x_t, t, rollout.condition)
+        alignment = math.ca_displacement(x_c, x_u)
+        guided = math.guide(x_u, x_c, guidance)
+    else:
+        t_ca, noise_ca = ca
+        x_ca = math.add_noise(x, noise_ca, *coefficients(family.schedule, t_ca))
+        alignment = math.ca_displacement(*both(family, teacher, x_ca, t_ca, rollout.condition))
+        x_c = family.predict(teacher, x_t, t, rollout.condition).x0
+        guided = x_c + (guidance - 1.0) * alignment
+    x_f = family.predict(fake, x_t, t, rollout.condition).x0
+    ones = torch.ones(len(x))
+    scale = math.normaliser(x, guided)
+    return Matching(t, x_t, x_c, x_f, math.dm_displacement(x_c, x_f), alignment, guidance, scale, ones, ones)
 
 
 def fake_loss(
@@ -67,12 +108,15 @@ def fake_loss(
     x = rollout.samples
     output = native(family, family.predict(fake, math.add_noise(x, noise, alpha_t, sigma_t), t, rollout.condition))
     errors = (output - math.target_for(family.prediction, x, noise, alpha_t, sigma_t)).pow(2).flatten(1).mean(1)
-    weight = fake_weight(hooks, rollout)
+    weight = fake_weight(hooks, rollout, t)
     loss = (weight * errors).mean()
     for extra in (hook.extra_fake_loss(rollout) for hook in hooks):
         if extra is not None:
             loss = loss + extra
-    return loss, {"fake_error": errors.mean().detach(), "w_ess": math.effective_sample_size(weight)}
+    telemetry: Telemetry = {"fake_error": errors.mean().detach(), "w_ess": math.effective_sample_size(weight)}
+    for hook in hooks:
+        telemetry |= hook.fake_telemetry(rollout, t, errors.detach(), weight)
+    return loss, telemetry
 
 
 def native(family: Any, prediction: Prediction) -> Tensor:
@@ -82,7 +126,7 @@ def native(family: Any, prediction: Prediction) -> Tensor:
     return prediction.eps if family.prediction == "epsilon" else prediction.v
 
 
-def _both(family: Any, teacher: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+def both(family: Any, teacher: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     """The teacher's clean estimates with and without the condition, in one call of twice the batch."""
     empty = family.unconditional(len(x_t))
     joined = {key: torch.cat((value, empty[key])) for key, value in condition.items()}

@@ -10,6 +10,7 @@ a graph (backward simulation, DMD2 §4.5), and the sample x of step k serves the
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from distill.config import DistillRecipe
 from distill.families.base import coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
-from distill.math import add_noise, group_advantage
-from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
+from distill.math import add_noise, group_advantage, squash
+from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening, RewardWeight
+from distill.objectives.decoupled import DecoupledRenoising
 from distill.objectives.dmd import fake_loss, student_loss
-from distill.objectives.plan import Hook, Rollout
+from distill.objectives.plan import Hook, Part, Rollout, claimed_times, fraction_of, trust
 from distill.provenance import provenance
 from distill.rewards import load_reward
 from distill.sampling import student_table
@@ -54,17 +56,18 @@ class DistillationTask:
         self.heldout = [load_reward(folder) for folder in recipe.heldout_rewards]
         self.hooks = hooks_of(recipe)
         self._rollouts: dict[int, Rollout] = {}
-        self._telemetry: dict[str, Tensor | float] = {}
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 
     def phases(self, iteration: int) -> list[Phase]:
-        self._rollouts, self._telemetry = {}, {}
+        self._rollouts = {}
         r = self.recipe
         trains_student = iteration >= r.fake_warmup and (iteration - r.fake_warmup) % r.fake_per_student == 0
         student = Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step)
         fake = Phase("fake", lambda micro: self._fake(iteration, micro))
-        return [student, fake] if trains_student else [fake]
+        if not trains_student:
+            return [fake]
+        return [student] if r.ttur == "alternating" else [student, fake]
 
     def _after_student_step(self) -> None:
         for hook in self.hooks:
@@ -74,24 +77,42 @@ class DistillationTask:
         r = self.recipe
         rollout = self._rollout(iteration, micro, graph=True)
         rng = generator(r.seed, iteration, micro, "student")
-        t = draw_times(self.family.schedule, len(rollout.x), rng, *r.time_range)
-        noise = torch.randn(rollout.x.shape, generator=rng)
         with autocast(r.precision):
+            t, noise = self._renoise(rollout, "dm", rng, r.time_range)
+            ca = self._apart(rollout, rng)
             loss, telemetry = student_loss(
-                self.family, self.teacher, self.fake, rollout, t, noise, guidance=r.guidance, hooks=self.hooks
+                self.family, self.teacher, self.fake, rollout, t, noise, guidance=r.guidance, hooks=self.hooks, ca=ca
             )
         rollout.x = rollout.x.detach()  # the fake's phase re-uses the sample, not its graph
-        return loss, telemetry | self._telemetry
+        return loss, telemetry | rollout.telemetry
 
     def _fake(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
-        rollout = self._rollouts.get(micro) or self._rollout(iteration, micro, graph=False)
+        own = micro if r.reuse_rollout else micro + r.accumulate
+        rollout = self._rollouts.get(own) or self._rollout(iteration, own, graph=False)
         rng = generator(r.seed, iteration, micro, "fake")
-        t = draw_times(self.family.schedule, len(rollout.x), rng)
-        noise = torch.randn(rollout.x.shape, generator=rng)
         with autocast(r.precision):
+            t, noise = self._renoise(rollout, "fake", rng, (0.0, 1.0))
             loss, telemetry = fake_loss(self.family, self.fake, rollout, t, noise, hooks=self.hooks)
-        return loss, telemetry | self._telemetry
+        return loss, telemetry | rollout.telemetry
+
+    def _renoise(
+        self, rollout: Rollout, part: Part, rng: torch.Generator, bounds: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Times (B,) and noise like x for one part; uniform times where no hook claims it."""
+        schedule = self.family.schedule
+        t = claimed_times(self.hooks, schedule, rollout, part, rng, bounds)
+        if t is None:
+            t = draw_times(schedule, len(rollout.x), rng, *bounds)
+        noise = torch.randn(rollout.x.shape, generator=rng)
+        for hook in self.hooks:
+            noise = hook.noise(rollout, t, noise)
+        return t, noise
+
+    def _apart(self, rollout: Rollout, rng: torch.Generator) -> tuple[Tensor, Tensor] | None:
+        """Times and noise of the alignment's part if a hook re-noises it apart from matching."""
+        t = claimed_times(self.hooks, self.family.schedule, rollout, "ca", rng, self.recipe.time_range)
+        return None if t is None else (t, torch.randn(rollout.x.shape, generator=rng))
 
     def _rollout(self, iteration: int, micro: int, *, graph: bool) -> Rollout:
         """Draw prompts, K and k, simulate the steps before k, and predict the clean sample of step k."""
@@ -114,36 +135,66 @@ class DistillationTask:
                     alpha, sigma = coefficients(family.schedule, grid[i + 1].expand(size))
                     x = add_noise(x0, torch.randn(x.shape, generator=rng), alpha, sigma)
             with torch.set_grad_enabled(graph):
-                x0 = family.predict(self.student, x, grid[index].expand(size), condition).x0
-        rollout = Rollout(x0, condition, prompts, steps, index, lambda: self._advantage(micro))
+                prediction = family.predict(self.student, x, grid[index].expand(size), condition)
+        levels = [fraction_of(family.schedule, float(t)) for t in grid] + [0.0]
+        rollout = Rollout(
+            prediction.x0,
+            condition,
+            prompts,
+            steps,
+            index,
+            start=x,
+            t=float(grid[index]),
+            level=levels[index],
+            until=levels[index + 1],
+            eps=prediction.eps.detach(),
+            iteration=iteration,
+            trust=trust(self.hooks, iteration),
+            random=lambda purpose: generator(r.seed, iteration, micro, purpose),
+        )
+        if self.reward is not None:
+            self._score(rollout)
         self._rollouts[micro] = rollout
         return rollout
 
     @torch.no_grad()
-    def _advantage(self, micro: int) -> Tensor:
-        """Raw group advantages of a micro-batch, computed once; a reward that is not finite counts as advantage 0."""
-        settings, rollout = self.recipe.advantage, self._rollouts[micro]
+    def _score(self, rollout: Rollout) -> None:
+        """Give a rollout its rewards, raw group advantages and held-out scores.
+
+        A reward that is not finite is counted, and its advantage is 0.
+        """
+        settings = self.recipe.advantage
         if settings is None or self.reward is None:
-            raise ValueError("this recipe has no advantage; add advantage.reward")
+            raise ValueError("this recipe has no reward; add advantage.reward")
         with autocast(self.recipe.precision):
             images = to_uint8(self.family.decode(rollout.samples))
-        rewards = self.reward.score(images, rollout.prompts).float()
-        finite = rewards.isfinite()
-        grouped = torch.where(finite, rewards, torch.nan).reshape(-1, settings.group)
-        # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
-        filled = torch.where(grouped.isfinite(), grouped, grouped.nanmean(1, keepdim=True)).flatten()
-        advantage = group_advantage(filled, settings.group, sigma_floor=settings.sigma_floor)
-        advantage = torch.where(finite, advantage, 0.0)
-        self._telemetry = {
-            "reward": rewards[finite].mean(),
-            "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
-            "reward_not_finite": float((~finite).sum()),
-            "advantage_clipped": (advantage.abs() > 1).float().mean(),
-        }
+        scores = self.reward.score(images, rollout.prompts).float()
+        finite = scores.isfinite()
+        rewards = torch.where(finite, scores, torch.nan)
+        rollout.rewards = lambda: rewards
+        rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": float((~finite).sum())}
         for judge in self.heldout:
-            self._telemetry[f"heldout/{judge.name}"] = judge.score(images, rollout.prompts).mean()
+            rollout.heldout[judge.name] = held = judge.score(images, rollout.prompts).float()
+            rollout.telemetry[f"heldout/{judge.name}"] = held[held.isfinite()].mean()
+        if settings.group < 2:
+            return
+        # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
+        grouped = rewards.reshape(-1, settings.group)
+        filled = torch.where(grouped.isfinite(), grouped, grouped.nanmean(1, keepdim=True)).flatten()
+        advantage = group_advantage(
+            filled,
+            settings.group,
+            sigma_floor=settings.sigma_floor,
+            leave_one_out=settings.baseline == "leave-one-out",
+        )
+        advantage = torch.where(finite, advantage, 0.0)
+        for hook in self.hooks:
+            advantage = hook.judge(rollout, advantage)
         rollout.advantage = lambda: advantage
-        return advantage
+        rollout.telemetry |= {
+            "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
+            "advantage_clipped": (advantage.abs() > settings.bound).float().mean(),
+        }
 
     # --- results ---------------------------------------------------------------------------------------------------
 
@@ -183,9 +234,16 @@ class DistillationTask:
 def hooks_of(recipe: DistillRecipe) -> list[Hook]:
     """The hooks that a recipe names; none is DMD2."""
     hooks: list[Hook] = []
-    if recipe.adaptation:
-        hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength))
-    if recipe.sharpening and recipe.advantage:
-        group = recipe.advantage.group if recipe.sharpening.normalised else None
-        hooks.append(RepulsiveSharpening(clipped=recipe.sharpening.clipped, group=group))
+    advantage = recipe.advantage
+    if advantage:
+        squashed = partial(squash, kind=advantage.squash, bound=advantage.bound)
+        if recipe.adaptation:
+            hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength, squash=squashed))
+        if recipe.sharpening:
+            group = advantage.group if recipe.sharpening.normalised else None
+            hooks.append(RepulsiveSharpening(clipped=recipe.sharpening.clipped, group=group, squash=squashed))
+    if recipe.decoupled:
+        hooks.append(DecoupledRenoising())
+    if w := recipe.reward_weighting:
+        hooks.append(RewardWeight(w.kappa, centre=w.centre, scale=w.scale, bound=w.bound))
     return hooks

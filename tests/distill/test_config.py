@@ -144,7 +144,7 @@ def test_wrong_values_are_refused_by_key_and_value(tree: dict[str, Any], message
             distil(advantage={"reward": "r"}, adaptation={}, heldout_rewards=["r"]),
             "r is both the training reward and held out",
         ),
-        (distil(heldout_rewards=["r"]), "heldout_rewards are read beside the advantage; add adaptation or"),
+        (distil(heldout_rewards=["r"]), "heldout_rewards are read beside the training reward; add advantage.reward"),
         (teacher(data={}), "the sit family does not learn these data; sit takes digits, sdxl scenes"),
         ({"task": "reward", "name": "r", "output": "o", "iterations": 1, "batch_size": 1,
           "optimizer": {"learning_rate": 1}}, "a reward on scenes needs clip, the folder of a CLIPModel"),

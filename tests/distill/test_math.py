@@ -191,7 +191,7 @@ def test_operator_is_dmd_with_a_guidance_and_a_step_size_per_sample() -> None:
     rng = torch.Generator().manual_seed(0)
     x_c, x_u, x_f = torch.randn(3, 6, *SHAPE, generator=rng, dtype=torch.float64)
     advantage = torch.tensor([-3.0, -1.0, -0.3, 0.0, 0.6, 2.0], dtype=torch.float64)
-    alpha, beta = math.adaptive_weights(advantage, 0.5)
+    alpha, beta = math.adaptive_weights(math.squash(advantage), 0.5)
     h = math.operator(
         math.dm_displacement(x_c, x_f), math.ca_displacement(x_c, x_u), guidance=OMEGA, alpha=alpha, beta=beta
     )
@@ -213,7 +213,7 @@ def test_guidance_is_the_standard_form() -> None:
 
 
 def test_poor_samples_get_more_matching_and_good_ones_more_guidance() -> None:
-    alpha, beta = math.adaptive_weights(torch.tensor([-5.0, -1.0, -0.5, 0.0, 0.5, 1.0, 5.0]), 0.2)
+    alpha, beta = math.adaptive_weights(math.squash(torch.tensor([-5.0, -1.0, -0.5, 0.0, 0.5, 1.0, 5.0])), 0.2)
     torch.testing.assert_close(alpha, torch.tensor([0.8, 0.8, 0.9, 1.0, 1.1, 1.2, 1.2]))
     torch.testing.assert_close(beta, torch.tensor([1.2, 1.2, 1.1, 1.0, 0.9, 0.8, 0.8]))
     torch.testing.assert_close(alpha + beta, torch.full((7,), 2.0))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from distill.families.base import Prediction, coefficients
 from distill.math import convert, group_advantage
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
-from distill.objectives.dmd import fake_loss, student_loss
-from distill.objectives.plan import Hook, Rollout, fake_weight, student_weights
+from distill.objectives.dmd import fake_loss, match, student_loss
+from distill.objectives.plan import Hook, Matching, Rollout, fake_weight, student_weights
 from distill.sampling import Flow
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,6 +90,10 @@ class Roles:
     def _advantage(self) -> Tensor:
         return group_advantage(self.rollout.x @ self.reward_weight, 4)
 
+    @torch.no_grad()
+    def matching(self) -> Matching:
+        return match(ExactFamily(), self.teacher, self.fake, self.rollout, self.t, self.noise, guidance=3.0)
+
     def student_loss(self) -> Tensor:
         return student_loss(
             ExactFamily(), self.teacher, self.fake, self.rollout, self.t, self.noise, guidance=3.0, hooks=self.hooks
@@ -133,10 +137,10 @@ def test_reward_weighs_the_student_but_is_not_differentiated() -> None:
 
 def test_hooks_multiply_their_weights_and_add_their_losses() -> None:
     class Extra(Hook):
-        def student_weights(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        def student_weights(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
             return torch.full((8,), 2.0), torch.full((8,), 3.0)
 
-        def fake_weight(self, rollout: Rollout) -> Tensor:
+        def fake_weight(self, rollout: Rollout, t: Tensor) -> Tensor:
             return torch.full((8,), 5.0)
 
         def extra_student_loss(self, rollout: Rollout) -> Tensor:
@@ -147,11 +151,11 @@ def test_hooks_multiply_their_weights_and_add_their_losses() -> None:
 
     roles = Roles()
     hooks = [Extra(), *roles.hooks]
-    alpha, beta = student_weights(roles.hooks, roles.rollout)
-    weight = fake_weight(roles.hooks, roles.rollout)
-    both = student_weights(hooks, roles.rollout)
+    alpha, beta = student_weights(roles.hooks, roles.rollout, roles.matching())
+    weight = fake_weight(roles.hooks, roles.rollout, roles.t)
+    both = student_weights(hooks, roles.rollout, roles.matching())
     assert torch.equal(both[0], 2 * alpha) and torch.equal(both[1], 3 * beta)
-    assert torch.equal(fake_weight(hooks, roles.rollout), 5 * weight)
+    assert torch.equal(fake_weight(hooks, roles.rollout, roles.t), 5 * weight)
 
     plain_student, plain_fake = Roles(), Roles()
     plain_student.hooks, plain_fake.hooks = [], []
@@ -284,6 +288,8 @@ def test_sharpening_moves_the_student_one_deviation_up_the_reward(hooks: list[Ho
 
 def test_clipping_bounds_the_weights() -> None:
     rollout = rollout_of(torch.zeros(4, 1), lambda: torch.tensor([-9.0, -1.0, 0.0, 9.0]))
-    clipped = RepulsiveSharpening(clipped=True).fake_weight(rollout)
+    clipped = RepulsiveSharpening(clipped=True).fake_weight(rollout, torch.zeros(4))
     torch.testing.assert_close(clipped, torch.tensor([math.e, math.e, 1.0, 1 / math.e]))
-    assert float(RepulsiveSharpening(clipped=False).fake_weight(rollout)[0]) == pytest.approx(math.exp(9.0))
+    assert float(RepulsiveSharpening(clipped=False).fake_weight(rollout, torch.zeros(4))[0]) == pytest.approx(
+        math.exp(9.0)
+    )

@@ -339,7 +339,7 @@ def test_a_reward_that_is_not_finite_touches_no_other_sample(digits: Path, tmp_p
     spread = (2 / 3 * 3 / 4) ** 0.5  # of 1, 2, 2, 3: the third takes the mean of its group
     expected = torch.tensor([-1 / spread, 0, 0, 1 / spread, 0, 0, 0, 0])
     torch.testing.assert_close(rollout.advantage(), expected, rtol=1e-4, atol=1e-6)
-    assert task._telemetry["reward_not_finite"] == 5.0
+    assert rollout.telemetry["reward_not_finite"] == 5.0
     assert rollout.prompts[:4] == [rollout.prompts[0]] * 4
 
 
