@@ -1,6 +1,7 @@
 """Score a bundle, a service or a folder of pictures on a suite, and keep the result.
 
     python -m eval.run bundles/scenes-sdxl --suite scenes-trained --steps 4
+    python -m eval.run bundles/scenes-sdxl --suite scenes-trained --runtime openvino --precision bfloat16 --threads 1
     python -m eval.run http://127.0.0.1:3000 --suite scenes-held-out --samples 200
     python -m eval.run renders --suite scenes-trained        # what the judges say of the truth
 
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -30,12 +31,13 @@ from eval.metrics import Metric, Score, create
 from eval.prompts import Prompt, Suite, build_prompts, load_suite, suite_names
 from eval.sources import Source, generate, open_source, write_folder
 from eval.store import RunInfo, Store
+from service.runtimes.base import Precision, RuntimeChoice
 
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
 _JUDGED = {"fid", "kid", "reward", "composition", "digit-accuracy"}
 """Metrics that load a network from the folder of judges."""
-_PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "pillow")
+_PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "openvino", "pillow")
 
 
 def run(
@@ -170,13 +172,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="generations; default: %(default)s")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write every picture there as PNG")
+    parser.add_argument(
+        "--runtime",
+        choices=get_args(RuntimeChoice),
+        default="auto",
+        help="what computes a bundle; default: %(default)s",
+    )
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="float32", help="of its denoiser; default: %(default)s"
+    )
     parser.add_argument("--threads", type=int, help="threads of the runtime; default: all cores")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     command = "python -m eval.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
         suite = load_suite(args.suite)
-        source = open_source(args.source, steps=args.steps, threads=args.threads, batch=suite.batch)
+        source = open_source(
+            args.source,
+            steps=args.steps,
+            threads=args.threads,
+            batch=suite.batch,
+            runtime=args.runtime,
+            precision=args.precision,
+        )
         identifier, scores = run(
             source,
             suite,

@@ -20,7 +20,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +31,7 @@ from distill.bundle import Bundle, BundleError
 from eval.errors import EvalError
 from eval.metrics.base import Samples
 from eval.prompts import Prompt
+from service.runtimes.base import Precision, RuntimeChoice
 
 Images = NDArray[np.uint8]
 _CHUNK = 64
@@ -54,11 +54,25 @@ class Source(Protocol):
     def make(self, prompts: Sequence[Prompt]) -> Images: ...
 
 
-def open_source(where: str, *, steps: int | None = None, threads: int | None = None, batch: int = 32) -> Source:
+def open_source(
+    where: str,
+    *,
+    steps: int | None = None,
+    threads: int | None = None,
+    batch: int = 32,
+    runtime: RuntimeChoice = "auto",
+    precision: Precision = "float32",
+) -> Source:
     """A bundle's folder, an http(s) URL (with #model for one model of several), a folder of pictures, or "renders".
 
-    Raises EvalError when there is nothing there or it cannot make that number of steps.
+    runtime and precision are for bundles; see service.runtimes.choose. Raises EvalError when there is nothing there or
+    it cannot make that number of steps.
     """
+    if (runtime, precision) != ("auto", "float32") and not (Path(where) / "bundle.json").is_file():
+        raise EvalError(
+            f"{where} is no bundle and makes its pictures itself (runtime {runtime}, precision {precision}); "
+            "leave these two to whoever made them"
+        )
     if where.startswith(("http://", "https://")):
         return ServiceSource(where, steps)
     if where == "renders":
@@ -67,24 +81,34 @@ def open_source(where: str, *, steps: int | None = None, threads: int | None = N
     if not path.is_dir():
         raise EvalError(f"{where} is no folder and no URL; give a bundle such as bundles/scenes-sdxl")
     if (path / "bundle.json").is_file():
-        return BundleSource(path, steps, threads, batch)
+        return BundleSource(path, steps, threads, batch, runtime, precision)
     if any(path.glob("*.png")):
         return FolderSource(path)
     raise EvalError(f"{where} holds neither bundle.json nor .png pictures; give a bundle such as bundles/scenes-sdxl")
 
 
 class BundleSource:
-    """A bundle on the best runtime of this machine, without a service."""
+    """A bundle on a runtime of this machine, without a service."""
 
-    def __init__(self, path: Path, steps: int | None = None, threads: int | None = None, batch: int = 32) -> None:
-        from service.runtimes import open_runtime
+    def __init__(
+        self,
+        path: Path,
+        steps: int | None = None,
+        threads: int | None = None,
+        batch: int = 32,
+        runtime: RuntimeChoice = "auto",
+        precision: Precision = "float32",
+    ) -> None:
+        from service.runtimes import RuntimeUnavailable, open_runtime
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         try:
             self._bundle = Bundle.open(path)
             self._steps = _known_steps(self._bundle, steps)
-            self._runtime = open_runtime(self._bundle, threads=threads or cores, max_batch=batch)
-        except BundleError as error:
+            self._runtime = open_runtime(
+                self._bundle, threads=threads or cores, max_batch=batch, runtime=runtime, precision=precision
+            )
+        except (BundleError, RuntimeUnavailable) as error:
             raise EvalError(str(error)) from None
         manifest, capabilities = self._bundle.manifest, self._runtime.capabilities
         self.name = f"{manifest.name}, {self._steps} steps"
@@ -96,7 +120,8 @@ class BundleSource:
             "guidance": manifest.guidance.model_dump(mode="json"),
             "size": manifest.sizes[0],
             "runtime": capabilities.runtime,
-            "runtime_version": version("onnxruntime") if capabilities.runtime == "onnx" else None,
+            "runtime_version": capabilities.version,
+            "precision": capabilities.precision,
             "device": capabilities.device,
         }
         self.about = {"path": str(path), "threads": capabilities.threads, "provenance": manifest.provenance}
@@ -145,6 +170,8 @@ class ServiceSource:
             "digest": model.get("digest"),
             "steps": taken,
             "runtime": able.get("runtime"),
+            "runtime_version": able.get("runtime_version"),
+            "precision": able.get("precision"),
             "device": able.get("device"),
         }
         self.identity: dict[str, Any] | None = {"kind": "service", **known} if all(known.values()) else None

@@ -16,7 +16,7 @@ from typing import Literal
 from distill.bundle import MANIFEST, Bundle, BundleError
 from service.engine import Engine
 from service.errors import ApiError, unavailable
-from service.runtimes import Runtime, open_runtime
+from service.runtimes import Runtime, RuntimeUnavailable, open_runtime
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Registry:
                     self._load_one(path)
             if not self._models:
                 raise BundleError(f"{self.settings.bundles} has no bundle that draws from text; add one")
-        except BundleError as error:
+        except (BundleError, RuntimeUnavailable) as error:
             self._fail(str(error))
         except Exception as error:
             logger.exception("loading failed")
@@ -123,7 +123,13 @@ class Registry:
             raise BundleError(
                 f"{path} has the name {manifest.name!r} of {self._models[manifest.name].bundle.path}; rename one"
             )
-        runtime = open_runtime(bundle, threads=self.settings.threads, max_batch=self.settings.max_batch)
+        runtime = open_runtime(
+            bundle,
+            threads=self.settings.threads,
+            max_batch=self.settings.max_batch,
+            runtime=self.settings.runtime,
+            precision=self.settings.precision,
+        )
         engine = Engine(
             manifest.name,
             runtime,
@@ -134,11 +140,12 @@ class Registry:
         self._models[manifest.name] = Model(bundle, runtime, engine, int(time.time()))
         able = runtime.capabilities
         logger.info(
-            "loaded %s from %s in %.1f s: %s, %d threads, batches of %s take %s ms per step",
+            "loaded %s from %s in %.1f s: %s in %s, %d threads, batches of %s take %s ms per step",
             manifest.name,
             path,
             time.perf_counter() - start,
             able.runtime,
+            able.precision,
             able.threads,
             able.batch_sizes,
             able.step_ms,

@@ -115,6 +115,8 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "seed_max": LARGEST_SEED,
             "deterministic": True,
             "runtime": able.runtime,
+            "runtime_version": able.version,
+            "precision": able.precision,
             "device": able.device,
             "threads": able.threads,
             "batch_sizes": list(able.batch_sizes),

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from service.runtimes.base import Precision, RuntimeChoice
+
 PREFIX = "LEAPFROG_"
 REPOSITORY = Path(__file__).resolve().parent.parent
 LARGEST_SEED = 2**53 - 1
@@ -35,6 +37,8 @@ class Settings(BaseModel):
     bundles: Path = Field(default=REPOSITORY / "bundles", description="a bundle, or a folder of bundles")
     api_keys: tuple[str, ...] = Field(default=(), repr=False, description="separated by commas; none: open to all")
     threads: int = Field(default_factory=lambda: min(usable_cores(), 8), ge=1, le=256, description="of one graph run")
+    runtime: RuntimeChoice = Field(default="auto", description="what computes; see service.runtimes.choose")
+    precision: Precision = Field(default="float32", description="of the denoiser; auto: the fastest for this processor")
     max_batch: int = Field(default=8, ge=1, le=64, description="pictures in one denoising step")
     max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per model, beyond it 429")
     max_n: int = Field(default=4, ge=1, le=10, description="pictures per request")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,25 @@ Images = NDArray[np.uint8]
 Conditioning = dict[str, NDArray[np.generic]]
 """What the step graph reads besides latents, by input name; every array has the rows of the batch first."""
 
+RuntimeName = Literal["onnx", "openvino"]
+RuntimeChoice = Literal["auto", "onnx", "openvino"]
+FixedPrecision = Literal["float32", "bfloat16"]
+"""Of the arithmetic of the denoiser. What comes in and goes out is float32 whatever it is."""
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class RuntimeUnavailable(Exception):
+    """The runtime or precision that was asked for cannot be had on this machine; the message tells the way out."""
+
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a runtime can do on this machine; shown by GET /v1/models."""
 
-    runtime: str
+    runtime: RuntimeName
+    version: str
+    """Of the package that computes."""
+    precision: FixedPrecision
     device: str
     threads: int
     batch_sizes: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The ONNX runtime: tokens as CLIP makes them, rows that do not depend on their batch."""
+"""What every runtime over graphs owes: rows that do not depend on their batch, and refusals that name the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from onnx import TensorProto, helper
 
 from distill.bundle import Bundle, BundleError, write_manifest
 from distill.sampling import noise
-from service.runtimes import OnnxRuntime, generate
+from service.runtimes import OnnxRuntime, generate, open_runtime
+from service.runtimes.base import FixedPrecision, RuntimeName
+from service.runtimes.graphs import GraphRuntime
+from service.runtimes.openvino import OpenVinoRuntime, has_bfloat16
 
 PROMPTS = (
     "a red cube",
@@ -23,8 +26,25 @@ PROMPTS = (
     "x",
 )
 
+KINDS: list[tuple[RuntimeName, FixedPrecision]] = [
+    ("onnx", "float32"),
+    ("openvino", "float32"),
+    ("openvino", "bfloat16"),
+]
 
-def feed(runtime: OnnxRuntime, rows: int) -> dict[str, NDArray[np.generic]]:
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def runtime(request: pytest.FixtureRequest, tiny_bundle: Path) -> GraphRuntime:
+    name, precision = request.param
+    if precision == "bfloat16" and not has_bfloat16():
+        pytest.skip("this processor does not multiply in bfloat16")
+    opened = open_runtime(Bundle.open(tiny_bundle), threads=1, max_batch=8, runtime=name, precision=precision)
+    assert isinstance(opened, GraphRuntime)
+    assert (opened.capabilities.runtime, opened.capabilities.precision) == request.param
+    return opened
+
+
+def feed(runtime: GraphRuntime, rows: int) -> dict[str, NDArray[np.generic]]:
     """Inputs of ``rows`` rows that stand at different steps of different samplers."""
     tables = [runtime.manifest.samplers[steps].table() for steps in (1, 2, 4, 8)]
     at = [(tables[i % 4], i % len(tables[i % 4])) for i in range(rows)]
@@ -43,24 +63,8 @@ def take(inputs: dict[str, NDArray[np.generic]], rows: list[int]) -> dict[str, N
     return {n: conditioning if n == "conditioning" else v[rows] for n, v in inputs.items()}  # type: ignore[misc]
 
 
-def test_tokens_equal_those_of_transformers(runtime: OnnxRuntime, tiny_bundle: Path) -> None:
-    from transformers import CLIPTokenizer
-
-    reference = CLIPTokenizer.from_pretrained(tiny_bundle / "tokenizer")
-    length = runtime.manifest.max_tokens
-    expected = reference(list(PROMPTS), padding="max_length", truncation=True, max_length=length)["input_ids"]
-    np.testing.assert_array_equal(runtime.tokenize(PROMPTS).ids, expected)
-
-
-def test_tokens_tell_how_many_were_cut(runtime: OnnxRuntime) -> None:
-    tokens = runtime.tokenize(["a red cube", " ".join(["red"] * 40)])
-    assert tokens.counts == (3, 40)
-    assert tokens.kept == (3, 14)
-    assert tokens.ids.shape == (2, 16)
-
-
 @pytest.mark.parametrize("rows", [2, 3, 5, 8, 11])
-def test_each_row_of_a_step_equals_the_row_alone(runtime: OnnxRuntime, rows: int) -> None:
+def test_each_row_of_a_step_equals_the_row_alone(runtime: GraphRuntime, rows: int) -> None:
     inputs = feed(runtime, rows)
     together = runtime.step(**inputs)  # type: ignore[arg-type]
     for i in range(rows):
@@ -69,14 +73,14 @@ def test_each_row_of_a_step_equals_the_row_alone(runtime: OnnxRuntime, rows: int
             np.testing.assert_array_equal(batch[i], single[0])
 
 
-def test_a_row_does_not_see_its_neighbours(runtime: OnnxRuntime) -> None:
+def test_a_row_does_not_see_its_neighbours(runtime: GraphRuntime) -> None:
     inputs = feed(runtime, 8)
     first, _ = runtime.step(**take(inputs, [0, 1, 2, 3]))  # type: ignore[arg-type]
     other, _ = runtime.step(**take(inputs, [7, 0, 6, 5]))  # type: ignore[arg-type]
     np.testing.assert_array_equal(first[0], other[1])
 
 
-def test_pictures_depend_on_prompt_seed_and_steps(runtime: OnnxRuntime) -> None:
+def test_pictures_depend_on_prompt_seed_and_steps(runtime: GraphRuntime) -> None:
     base, again, seed = generate(runtime, runtime.manifest, ["a red cube"] * 3, [1, 1, 2], steps=4)
     np.testing.assert_array_equal(base, again)
     assert base.shape == (64, 64, 3)
@@ -87,7 +91,7 @@ def test_pictures_depend_on_prompt_seed_and_steps(runtime: OnnxRuntime) -> None:
         assert not np.array_equal(base, other)
 
 
-def test_capabilities_list_sizes_from_one(runtime: OnnxRuntime) -> None:
+def test_capabilities_list_sizes_from_one(runtime: GraphRuntime) -> None:
     able = runtime.capabilities
     assert able.batch_sizes[0] == 1
     assert able.max_batch <= 8
@@ -106,7 +110,10 @@ def replace_step(source: Path, target: Path, nodes: list[onnx.NodeProto]) -> Bun
     return write_manifest(target, bundle.manifest)
 
 
-def test_batch_sizes_that_change_a_bit_are_not_used(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [OnnxRuntime, OpenVinoRuntime])
+def test_batch_sizes_that_change_a_bit_are_not_used(
+    tiny_bundle: Path, tmp_path: Path, kind: type[OnnxRuntime] | type[OpenVinoRuntime]
+) -> None:
     """A graph that adds a hair when four rows are computed together: 4 is refused, 8 rows run in twos."""
     zero, one = (
         helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
@@ -127,24 +134,32 @@ def test_batch_sizes_that_change_a_bit_are_not_used(tiny_bundle: Path, tmp_path:
         helper.make_node("Identity", ["latents"], ["x0"]),
     ]
     bundle = replace_step(tiny_bundle, tmp_path / "drifting", nodes)
-    runtime = OnnxRuntime(bundle, threads=1, max_batch=8)
+    runtime = kind(bundle, threads=1, max_batch=8)
     assert set(runtime.capabilities.batch_sizes) <= {1, 2}
     inputs = feed(runtime, 8)
     advanced, _ = runtime.step(**inputs)  # type: ignore[arg-type]
     np.testing.assert_array_equal(advanced, inputs["latents"])
 
 
-def test_a_graph_that_does_not_load_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [OnnxRuntime, OpenVinoRuntime])
+@pytest.mark.parametrize("damage", ["not a graph", "half"])
+def test_a_graph_that_does_not_load_is_named(
+    tiny_bundle: Path, tmp_path: Path, kind: type[OnnxRuntime] | type[OpenVinoRuntime], damage: str
+) -> None:
     target = tmp_path / "broken"
     shutil.copytree(tiny_bundle, target)
     bundle = Bundle.open(target)
-    file = bundle.engine("decoder").file
-    (target / file).write_bytes(b"not a graph")
+    file = target / bundle.engine("decoder").file
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] if damage == "half" else damage.encode())
     rewritten = write_manifest(target, bundle.manifest)
-    with pytest.raises(BundleError, match=r"decoder.*does not load"):
-        OnnxRuntime(rewritten, threads=1, max_batch=1)
+    with pytest.raises(BundleError, match=r"decoder.*does not load in .*; export the bundle again$"):
+        kind(rewritten, threads=1, max_batch=1)
 
 
-def test_a_bundle_without_engines_names_the_export_command(tiny_sources: Path) -> None:
+@pytest.mark.parametrize("kind", [OnnxRuntime, OpenVinoRuntime])
+def test_a_bundle_without_engines_names_the_export_command(
+    tiny_sources: Path, kind: type[OnnxRuntime] | type[OpenVinoRuntime]
+) -> None:
     with pytest.raises(BundleError, match=r"python -m distill\.export"):
-        OnnxRuntime(Bundle.open(tiny_sources), threads=1, max_batch=1)
+        kind(Bundle.open(tiny_sources), threads=1, max_batch=1)

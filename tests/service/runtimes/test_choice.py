@@ -1,0 +1,70 @@
+"""Which runtime and precision a request for them gets, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from service.runtimes import RuntimeUnavailable, choose
+from service.runtimes import openvino as module
+
+
+@pytest.fixture(params=[True, False], ids=["with-bfloat16", "without-bfloat16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(module, "has_bfloat16", lambda: request.param)
+    return bool(request.param)
+
+
+def test_the_default_is_onnx_runtime_in_float32(processor: bool) -> None:
+    assert choose("auto", "float32") == ("onnx", "float32")
+
+
+def test_auto_is_bfloat16_only_where_the_processor_has_it(processor: bool) -> None:
+    assert choose("auto", "auto") == (("openvino", "bfloat16") if processor else ("onnx", "float32"))
+    assert choose("openvino", "auto") == ("openvino", "bfloat16" if processor else "float32")
+    assert choose("onnx", "auto") == ("onnx", "float32")
+
+
+def test_what_is_named_is_taken(processor: bool) -> None:
+    assert choose("openvino", "float32") == ("openvino", "float32")
+    assert choose("auto", "bfloat16") == choose("openvino", "bfloat16") == ("openvino", "bfloat16")
+
+
+@pytest.fixture
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "service.runtimes.openvino", raising=False)
+
+
+@pytest.mark.usefixtures("without_openvino")
+@pytest.mark.parametrize(
+    ("runtime", "precision", "asked"),
+    [
+        ("openvino", "float32", "runtime is openvino"),
+        ("openvino", "auto", "runtime is openvino"),
+        ("auto", "bfloat16", "precision is bfloat16"),
+    ],
+)
+def test_a_missing_package_is_an_error_with_the_install_line(runtime: str, precision: str, asked: str) -> None:
+    with pytest.raises(RuntimeUnavailable) as refused:
+        choose(runtime, precision)
+    assert str(refused.value) == f"{asked} and OpenVINO is not installed; run: pip install 'leapfrog[openvino]'"
+
+
+@pytest.mark.usefixtures("without_openvino")
+def test_without_the_package_auto_is_onnx_runtime() -> None:
+    assert choose("auto", "auto") == choose("auto", "float32") == ("onnx", "float32")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "message"),
+    [
+        ("tensorrt", "float32", r"runtime is 'tensorrt'; use one of auto, onnx, openvino"),
+        ("onnx", "float16", r"precision is 'float16'; use one of auto, float32, bfloat16"),
+        ("onnx", "bfloat16", r"ONNX Runtime has none on the CPU; use float32, or the runtime openvino"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(runtime: str, precision: str, message: str) -> None:
+    with pytest.raises(RuntimeUnavailable, match=message):
+        choose(runtime, precision)

@@ -1,0 +1,90 @@
+"""OpenVINO against ONNX Runtime on the same graphs, in the precision that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from distill.bundle import Bundle
+from distill.sampling import noise
+from service.runtimes import OnnxRuntime, RuntimeUnavailable, generate, open_runtime
+from service.runtimes import openvino as module
+from service.runtimes.base import Conditioning, Floats
+from service.runtimes.openvino import OpenVinoRuntime, has_bfloat16
+
+PROMPTS = ("a small red metal sphere", "a large blue rubber cube left of a green cylinder", "x")
+SEEDS = (3, 4, 5)
+FLOAT32_RELATIVE = 1e-4
+"""Greatest difference over the range of a row, as for the export itself; what is left is the order of additions."""
+BFLOAT16_STEP_DB = 45.0
+BFLOAT16_PICTURE_DB = 40.0
+
+
+@pytest.fixture(scope="module")
+def float32(tiny_bundle: Path) -> OpenVinoRuntime:
+    return OpenVinoRuntime(Bundle.open(tiny_bundle), threads=1, max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tiny_bundle: Path) -> OpenVinoRuntime:
+    if not has_bfloat16():
+        pytest.skip("this processor does not multiply in bfloat16")
+    return OpenVinoRuntime(Bundle.open(tiny_bundle), threads=1, max_batch=4, precision="bfloat16")
+
+
+def psnr_db(found: NDArray[np.generic], reference: NDArray[np.generic], span: float) -> float:
+    error = found.astype(np.float64) - reference.astype(np.float64)
+    return float(10 * np.log10(span**2 / np.mean(error**2)))
+
+
+def first_steps(runtime: OnnxRuntime | OpenVinoRuntime, conditioning: Conditioning) -> list[tuple[Floats, Floats]]:
+    """(x0 of each timestep of four, at batch 3), on the same inputs for every runtime."""
+    table = runtime.manifest.samplers[4].table()
+    latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
+    times = [np.full(3, time, dtype=np.float32) for time in table.timesteps]
+    rows = [np.tile(row, (3, 1)) for row in table.rows]
+    return [runtime.step(latents, t, row, latents, conditioning) for t, row in zip(times, rows, strict=True)]
+
+
+def test_float32_equals_onnx_runtime(runtime: OnnxRuntime, float32: OpenVinoRuntime) -> None:
+    conditioning = runtime.encode_text(PROMPTS)
+    for name, value in float32.encode_text(PROMPTS).items():
+        np.testing.assert_allclose(value, conditioning[name], rtol=0, atol=1e-5)
+    for found, reference in zip(first_steps(float32, conditioning), first_steps(runtime, conditioning), strict=True):
+        for a, b in zip(found, reference, strict=True):
+            assert np.abs(a - b).max() / np.ptp(b) <= FLOAT32_RELATIVE
+    pictures, expected = (generate(r, r.manifest, PROMPTS, SEEDS, steps=4) for r in (float32, runtime))
+    assert np.abs(pictures.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_bfloat16_is_near_and_is_not_float32(runtime: OnnxRuntime, bfloat16: OpenVinoRuntime) -> None:
+    conditioning = runtime.encode_text(PROMPTS)
+    for found, reference in zip(first_steps(bfloat16, conditioning), first_steps(runtime, conditioning), strict=True):
+        assert BFLOAT16_STEP_DB <= psnr_db(found[1], reference[1], float(np.ptp(reference[1]))) < 90
+    pictures, expected = (generate(r, r.manifest, PROMPTS, SEEDS, steps=4) for r in (bfloat16, runtime))
+    assert psnr_db(pictures, expected, 255.0) >= BFLOAT16_PICTURE_DB
+
+
+def test_a_seed_gives_the_same_picture_alone_and_beside_others(bfloat16: OpenVinoRuntime) -> None:
+    together = generate(bfloat16, bfloat16.manifest, PROMPTS, SEEDS, steps=2)
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        alone = generate(bfloat16, bfloat16.manifest, [prompt], [seed], steps=2)
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
+def test_results_of_a_call_outlive_the_next(float32: OpenVinoRuntime) -> None:
+    latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
+    first = float32.decode(latents[:1])
+    kept = first.copy()
+    float32.decode(latents[1:2])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_bfloat16_on_a_processor_without_it_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_bfloat16", lambda: False)
+    bundle = Bundle.open(tiny_bundle)
+    with pytest.raises(RuntimeUnavailable, match=r"neither AMX nor AVX512-BF16; use float32"):
+        open_runtime(bundle, threads=1, max_batch=1, precision="bfloat16")
