@@ -30,12 +30,16 @@ class Reward(Protocol):
 
     def score(self, images: Tensor, conditions: Sequence[Any]) -> Tensor: ...
 
+    def score_pixels(self, pixels: Tensor, conditions: Sequence[Any]) -> Tensor:
+        """The same of float pictures in [−1, 1], with a graph; only where ``requires_grad`` is true."""
+        ...
+
 
 class ClipReward:
     """100 × cosine of picture and caption, as HPSv2 scores."""
 
     range = (-100.0, 100.0)
-    requires_grad = False
+    requires_grad = True
 
     def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, name: str) -> None:
         self.clip, self.tokenizer, self.name = clip.eval().requires_grad_(False), tokenizer, name
@@ -50,22 +54,33 @@ class ClipReward:
     def score(self, images: Tensor, conditions: Sequence[str]) -> Tensor:
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} pictures and {len(conditions)} prompts; give one prompt per picture")
-        return 100.0 * clip_cosine(self.clip, self.tokenizer, images.float() / 127.5 - 1.0, list(conditions))
+        return self.score_pixels(images.float() / 127.5 - 1.0, conditions)
+
+    def score_pixels(self, pixels: Tensor, conditions: Sequence[str]) -> Tensor:
+        return 100.0 * clip_cosine(self.clip, self.tokenizer, pixels, list(conditions))
 
 
-def clip_cosine(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
+def image_features(clip: CLIPModel, pixels: Tensor) -> Tensor:
+    """Unit vectors (B, P) float32 of pictures (B, 3, H, W) in [−1, 1], differentiable."""
+    return normalize(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output).float(), dim=-1)
+
+
+def text_features(clip: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Unit vectors (B, P) float32 of captions."""
+    ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output).float(), dim=-1)
+
+
+def clip_cosine(clip: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Cosine of pictures (B, 3, H, W) in [−1, 1] and their captions: (B,), differentiable."""
-    ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    image = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-    text = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-    return (normalize(image.float(), dim=-1) * normalize(text.float(), dim=-1)).sum(-1)
+    return (image_features(clip, pixels) * text_features(clip, tokenizer, prompts)).sum(-1)
 
 
 class DigitClassifier(nn.Module):
     """A small convolutional classifier of 8 × 8 digits. ``features`` is its penultimate layer, (B, 64)."""
 
     range = (-20.0, 0.0)
-    requires_grad = False
+    requires_grad = True
 
     def __init__(self, width: int = 32, name: str = "digits") -> None:
         super().__init__()
@@ -96,8 +111,11 @@ class DigitClassifier(nn.Module):
         """log p(label | picture)."""
         if len(images) != len(conditions):
             raise ValueError(f"{len(images)} pictures and {len(conditions)} labels; give one label per picture")
+        return self.score_pixels(images.float() / 127.5 - 1.0, conditions)
+
+    def score_pixels(self, pixels: Tensor, conditions: Sequence[int]) -> Tensor:
         labels = torch.as_tensor(list(conditions), dtype=torch.int64)
-        return log_softmax(self(images), 1).gather(1, labels[:, None])[:, 0]
+        return log_softmax(self.head(self.body(pixels[:, :1])), 1).gather(1, labels[:, None])[:, 0]
 
     def save(self, folder: Path, accuracy: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from distill.config import SdxlSource, UnetModel
 from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.export.folder import save_pipeline
 from distill.families.base import Condition, Prediction, coefficients, preview_matrix
+from distill.families.taps import tapped
 from distill.math import convert
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze, to_float
@@ -120,20 +121,20 @@ class Sdxl:
         return network
 
     def predict(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
+        self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
     ) -> Prediction:
-        if taps:
-            raise ValueError(f"taps is {tuple(taps)}; the sdxl family offers none yet")
+        """Taps: ``mid`` is the output of the middle block, (B, C, h', w')."""
         added = {"text_embeds": condition["pooled"], "time_ids": self._time_ids(x_t)}
-        output = network(
-            x_t,
-            t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        with tapped({"mid": network.mid_block} if taps else {}, taps) as features:
+            output = network(
+                x_t,
+                t,
+                encoder_hidden_states=condition["prompt_embeds"],
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
         alpha, sigma = coefficients(self.schedule, t)
-        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features={})
+        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features=features)
 
     def _time_ids(self, x_t: Tensor) -> Tensor:
         height, width = x_t.shape[-2] * self.stride, x_t.shape[-1] * self.stride

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.config import SitModel
 from distill.families.base import Condition, Prediction, coefficients, preview_matrix
+from distill.families.taps import tapped
 from distill.math import convert
 from distill.sampling import Flow
 from distill.tasks.common import save_half
@@ -56,13 +57,18 @@ class Sit:
         return _prepare(network)
 
     def predict(
-        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
+        self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
     ) -> Prediction:
-        if taps:
-            raise ValueError(f"taps is {tuple(taps)}; the sit family offers none yet")
-        output = network(x_t, timestep=TIME_SCALE * t.float(), class_labels=condition["labels"], return_dict=False)[0]
+        """Taps: ``mid`` is the middle block's tokens as a map, (B, width, h', w')."""
+        blocks = network.transformer_blocks if taps else ()
+        with tapped({"mid": blocks[len(blocks) // 2]} if taps else {}, taps) as tokens:
+            output = network(x_t, timestep=TIME_SCALE * t.float(), class_labels=condition["labels"], return_dict=False)[
+                0
+            ]
+        side = x_t.shape[-1] // network.config.patch_size if taps else 0
+        features = {name: f.transpose(1, 2).unflatten(2, (-1, side)) for name, f in tokens.items()}
         alpha, sigma = coefficients(self.schedule, t)
-        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features={})
+        return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features=features)
 
     def encode(self, prompts: Sequence[int]) -> Condition:
         labels = torch.as_tensor(list(prompts), dtype=torch.int64)

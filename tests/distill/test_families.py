@@ -108,10 +108,27 @@ def test_every_input_of_a_prediction_matters(case: tuple[Any, Any, dict[str, Ten
         assert not torch.allclose(native(family, other), base, atol=1e-4)
 
 
-def test_taps_are_refused_while_there_are_none(case: tuple[Any, Any, dict[str, Tensor]]) -> None:
+def test_taps_give_the_features_on_the_way_and_change_nothing(case: tuple[Any, Any, dict[str, Tensor]]) -> None:
     family, network, condition = case
-    with pytest.raises(ValueError, match=r"taps is \('mid',\); the (sdxl|sit) family offers none yet"):
-        family.predict(network, *inputs(family), condition, taps=("mid",))
+    x_t, t = inputs(family)
+    plain = family.predict(network, x_t, t, condition)
+    seen: list[Tensor] = []
+    middle = network.mid_block if family.name == "sdxl" else network.transformer_blocks[1]
+    with middle.register_forward_hook(lambda module, given, output: seen.append(output)):
+        found = family.predict(network, x_t.requires_grad_(), t, condition, taps=("mid",))
+    assert plain.features == {} and torch.equal(found.x0, plain.x0)
+    features = found.features["mid"]
+    shape = (3, 48, 8, 8) if family.name == "sdxl" else (3, 16, 4, 4)
+    assert features.shape == shape
+    if family.name == "sit":  # tokens run along rows of the picture
+        assert torch.equal(features[:, :, 1, 2], seen[0][:, 6])
+    else:
+        assert torch.equal(features, seen[0])
+    (gradient,) = torch.autograd.grad(features.sum(), x_t)
+    assert bool((gradient.flatten(1).norm(dim=1) > 0).all())
+    assert not middle._forward_hooks
+    with pytest.raises(ValueError, match="there is no tap 'top'; this network offers mid"):
+        family.predict(network, x_t, t, condition, taps=("mid", "top"))
 
 
 # --- conditions ----------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def pictures(n: int = 4, size: int = 32) -> Tensor:
 def test_clip_reward_is_a_hundred_times_the_cosine(clip_folder: Path) -> None:
     reward = load_reward(clip_folder)
     assert isinstance(reward, ClipReward)
-    assert (reward.name, reward.requires_grad, reward.range) == ("some-reward", False, (-100.0, 100.0))
+    assert (reward.name, reward.requires_grad, reward.range) == ("some-reward", True, (-100.0, 100.0))
     scores = reward.score(pictures(), PROMPTS)
     assert scores.shape == (4,) and scores.dtype == torch.float32 and not scores.requires_grad
 
