@@ -13,20 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from distill.objectives import options
+from distill.strict import Decay, Fraction, Steps, Strict
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, the value and the way out."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Steps = Annotated[int, Field(ge=1, le=1000)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Optimizer(Strict):
@@ -119,6 +113,7 @@ class RewardRecipe(Base):
         None, description="where the CLIPModel starts from; None for digits, whose reward is a classifier"
     )
     temperature: float = Field(4.0, gt=0, description="points of 100 × cosine that make odds of e")
+    wrong_captions: int = Field(1, ge=1, description="per picture; texts cost less than pictures")
     optimizer: Optimizer
 
     @model_validator(mode="after")
@@ -193,43 +188,6 @@ class DiffusionRecipe(Base):
         return self
 
 
-class Adaptation(Strict):
-    """AMD's dynamic score adaptation (Eq. 10, 12, 13): α, β = 1 ± s·ã. The paper's s is known at low confidence."""
-
-    strength: float = Field(0.1, ge=0, lt=1, description="s")
-
-
-class Sharpening(Strict):
-    """AMD's repulsive landscape sharpening: the fake loss is weighted by W(a) = exp(−a)."""
-
-    clipped: bool = Field(True, description="a clipped to [−1, 1]; the paper is silent")
-    normalised: bool = Field(True, description="W scaled to mean 1 in its group; the paper is silent")
-
-
-class Advantage(Strict):
-    """Where a comes from: a reward, normalised within groups of samples of one prompt (Eq. 12)."""
-
-    reward: str = Field(description="folder of the reward")
-    group: int = Field(4, ge=1, description="samples per prompt; 1 scores and logs the reward without advantages")
-    sigma_floor: float = Field(0.0, ge=0, description="lower bound of a group's deviation, in points of the reward")
-    baseline: Literal["mean", "leave-one-out"] = Field("mean", description="of the group; the paper's is the mean")
-    squash: Literal["clip", "tanh"] = Field("clip", description="what makes ã of a; the paper clips")
-    bound: float = Field(1.0, gt=0, description="ã lies in [−bound, bound]; 1 is inferred from the paper's weights")
-
-
-class Decoupled(Strict):
-    """D-DMD: guidance's part is re-noised between clean and the student's own step, matching's everywhere."""
-
-
-class RewardWeighting(Strict):
-    """Re-DMD: the student's displacement is multiplied by exp(κ·(r − centre)/scale)."""
-
-    kappa: float = Field(2.0, ge=0)
-    centre: float = Field(0.0, description="in points of the reward; the reference's reward is standardised already")
-    scale: float = Field(1.0, gt=0, description="in points of the reward")
-    bound: float | None = Field(None, gt=0, description="of |(r − centre)/scale|; None as the reference")
-
-
 class DistillRecipe(Base):
     """Few-step distillation. Without any of the optional sections it is DMD2 (without its GAN)."""
 
@@ -254,23 +212,51 @@ class DistillRecipe(Base):
     time_range: tuple[Fraction, Fraction] = Field(
         (0.02, 0.98), description="of re-noising, as fractions of the time axis"
     )
+    sampler: Literal["stochastic", "deterministic"] = Field(
+        "stochastic", description="between steps, fresh noise (DMD2) or the student's own estimate of it (TDM)"
+    )
     student: Optimizer
     fake: Optimizer
-    advantage: Advantage | None = None
-    adaptation: Adaptation | None = None
-    sharpening: Sharpening | None = None
-    decoupled: Decoupled | None = None
-    reward_weighting: RewardWeighting | None = None
+    discriminator: Optimizer | None = Field(None, description="with gan; None: as the fake's")
+    advantage: options.Advantage | None = None
+    adaptation: options.Adaptation | None = None
+    sharpening: options.Sharpening | None = None
+    safeguards: options.Safeguards = options.Safeguards()
+    regression: options.Regression | None = None
+    gan: options.Gan | None = None
+    decoupled: options.Decoupled | None = None
+    reward_weighting: options.RewardWeighting | None = None
+    reward_gradient: options.RewardGradient | None = None
+    reward_tilt: options.RewardTilt | None = None
+    dynamic_renoising: options.DynamicRenoising | None = None
+    shared_teacher: options.SharedTeacher | None = None
+    implicit_alignment: options.ImplicitAlignment | None = None
+    segment_guidance: options.SegmentGuidance | None = None
+    sub_interval: options.SubInterval | None = None
+    first_step_anchor: options.FirstStepAnchor | None = None
+    divergence: options.Divergence | None = None
     heldout_rewards: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _coherent(self) -> DistillRecipe:
-        if (self.adaptation or self.sharpening) and (self.advantage is None or self.advantage.group < 2):
+        guards, grouped = self.safeguards, self.advantage is not None and self.advantage.group > 1
+        if (self.adaptation or self.sharpening) and not grouped:
             raise ValueError(
                 "adaptation and sharpening need an advantage; add advantage.reward, and advantage.group of 2 or more"
             )
-        if self.reward_weighting and self.advantage is None:
-            raise ValueError("reward_weighting needs a reward; add advantage.reward, with advantage.group 1 if alone")
+        if (guards.two_key or guards.diversity) and not grouped:
+            raise ValueError("safeguards.two_key and diversity compare the samples of a prompt; add an advantage")
+        if guards.reward_gap and not self.heldout_rewards:
+            raise ValueError("safeguards.reward_gap compares with held-out rewards; name heldout_rewards")
+        for key in ("reward_weighting", "reward_gradient", "reward_tilt"):
+            if getattr(self, key) and self.advantage is None:
+                raise ValueError(f"{key} needs a reward; add advantage.reward, with advantage.group 1 if alone")
+        if self.discriminator and not self.gan:
+            raise ValueError("discriminator is an optimizer without a role; add gan, or drop it")
+        if self.divergence and not self.gan:
+            raise ValueError("divergence reads the discriminator's density ratio; add gan")
+        if self.sub_interval and self.dynamic_renoising:
+            raise ValueError("sub_interval and dynamic_renoising both choose where samples are re-noised; drop one")
         if self.heldout_rewards and self.advantage is None:
             raise ValueError("heldout_rewards are read beside the training reward; add advantage.reward, or drop them")
         if self.ttur == "alternating" and self.fake_per_student < 2:

@@ -59,6 +59,27 @@ def guide(x_u: Tensor, x_c: Tensor, scale: float) -> Tensor:
     return x_u + scale * (x_c - x_u)
 
 
+def ode_target(x_t: Tensor, x_s: Tensor, at_t: tuple[Tensor, Tensor], at_s: tuple[Tensor, Tensor]) -> Tensor:
+    """The clean estimate from which one deterministic step leads from x_t to x_s (Salimans & Ho, arXiv 2202.00512).
+
+    x̂ = (σ_t·x_s − σ_s·x_t)/(σ_t·α_s − σ_s·α_t) solves x_t = α_t·x̂ + σ_t·ε̂ with x_s = α_s·x̂ + σ_s·ε̂ for t > s, and
+    holds for α_t = 0. For flows ε̂ − x̂ is (x_t − x_s)/(t − s), the mean velocity. at_t, at_s: (α, σ), each (B,).
+    """
+    (a_t, s_t), (a_s, s_s) = [[expand(c.double(), x_t) for c in pair] for pair in (at_t, at_s)]
+    return ((s_t * x_s.double() - s_s * x_t.double()) / (s_t * a_s - s_s * a_t)).to(x_t.dtype)
+
+
+def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, cap: float) -> Tensor:
+    """What turns the loss of a parametrisation into min(SNR, cap)·‖x̂0 − x0‖², SNR = α²/σ²; (B,), finite for α or σ = 0.
+
+    ‖Δε‖² = SNR·‖Δx0‖², and ‖Δv‖² = ‖Δx0‖²/σ² for v (with α² + σ² = 1) as for flows.
+    """
+    bounded = torch.minimum(alpha**2, cap * sigma**2)
+    if prediction == "epsilon":
+        return torch.where(alpha > 0, bounded / alpha.clamp_min(1e-12) ** 2, 1.0)
+    return bounded
+
+
 def dm_displacement(x_c: Tensor, x_f: Tensor) -> Tensor:
     """Distribution matching: d_real − d_fake = x_c − x_f (the student's own x cancels; AMD Eq. 10)."""
     return x_c - x_f

@@ -77,18 +77,20 @@ def match(
     the points coincide (D-DMD does not print its normaliser; inferred).
     """
     for hook in hooks:
-        teacher = hook.teacher(teacher)
+        teacher = hook.teacher(rollout, teacher)
     alpha_t, sigma_t = coefficients(family.schedule, t)
     x = rollout.samples
     x_t = math.add_noise(x, noise, alpha_t, sigma_t)
     if ca is None:
-        x_c, x_u = both(family, teacher, x_t, t, rollout.condition)
-        alignment = math.ca_displacement(x_c, x_u)
-        guided = math.guide(x_u, x_c, guidance)
+        conditional, empty = both(family, teacher, x_t, t, rollout.condition)
+        x_c = conditional.x0
+        alignment = math.ca_displacement(x_c, empty.x0)
+        guided = math.guide(empty.x0, x_c, guidance)
     else:
         t_ca, noise_ca = ca
         x_ca = math.add_noise(x, noise_ca, *coefficients(family.schedule, t_ca))
-        alignment = math.ca_displacement(*both(family, teacher, x_ca, t_ca, rollout.condition))
+        conditional, empty = both(family, teacher, x_ca, t_ca, rollout.condition)
+        alignment = math.ca_displacement(conditional.x0, empty.x0)
         x_c = family.predict(teacher, x_t, t, rollout.condition).x0
         guided = x_c + (guidance - 1.0) * alignment
     x_f = family.predict(fake, x_t, t, rollout.condition).x0
@@ -126,9 +128,11 @@ def native(family: Any, prediction: Prediction) -> Tensor:
     return prediction.eps if family.prediction == "epsilon" else prediction.v
 
 
-def both(family: Any, teacher: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """The teacher's clean estimates with and without the condition, in one call of twice the batch."""
-    empty = family.unconditional(len(x_t))
+def both(
+    family: Any, teacher: nn.Module, x_t: Tensor, t: Tensor, condition: Condition
+) -> tuple[Prediction, Prediction]:
+    """The teacher's estimates with and without the condition, in one call of twice the batch."""
+    n, empty = len(x_t), family.unconditional(len(x_t))
     joined = {key: torch.cat((value, empty[key])) for key, value in condition.items()}
-    x0 = family.predict(teacher, torch.cat((x_t, x_t)), torch.cat((t, t)), joined).x0
-    return x0[: len(x_t)], x0[len(x_t) :]
+    p = family.predict(teacher, torch.cat((x_t, x_t)), torch.cat((t, t)), joined)
+    return Prediction(p.x0[:n], p.eps[:n], p.v[:n], {}), Prediction(p.x0[n:], p.eps[n:], p.v[n:], {})

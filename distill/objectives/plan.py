@@ -24,7 +24,7 @@ Part = Literal["dm", "ca", "fake"]
 
 def _missing(name: str) -> Callable[[], Any]:
     def refuse() -> Any:
-        raise ValueError(f"this rollout has no {name}; add advantage.reward to the recipe")
+        raise ValueError(f"this rollout has no {name}; its task gives none, or the recipe names no advantage.reward")
 
     return refuse
 
@@ -40,6 +40,7 @@ class Rollout:
     next lie as fractions of the time axis (0 after the last step). eps: the student's noise estimate at x_{t_k},
     without a graph. trust: factor in [0, 1] that safeguards put on the squashed advantage.
     heldout: scores (B,) of rewards that nothing trains on. random: a generator of this micro-batch by purpose.
+    real: () -> clean latents of the data like x, and their conditions. cache: what hooks keep between phases.
     telemetry: what hooks want to be logged with this micro-batch.
     """
 
@@ -59,6 +60,8 @@ class Rollout:
     trust: float = 1.0
     heldout: dict[str, Tensor] = field(default_factory=dict)
     random: Callable[[str], torch.Generator] = field(default=lambda purpose: torch.Generator().manual_seed(0))
+    real: Callable[[], tuple[Tensor, Condition]] = field(default_factory=lambda: _missing("real samples"))
+    cache: dict[str, Any] = field(default_factory=dict)
     telemetry: Telemetry = field(default_factory=dict)
 
     @property
@@ -90,14 +93,13 @@ class Matching:
 
 @dataclass(frozen=True)
 class Roles:
-    """What a hook may need of a run: the family, its networks, the source of samples and the seed."""
+    """What a hook may need of a run: the family, its networks and the source of samples."""
 
     family: Any
     teacher: nn.Module
     student: nn.Module
     fake: nn.Module
     samples: Any = None
-    seed: int = 0
 
 
 class Hook:
@@ -113,11 +115,11 @@ class Hook:
         """
         return None
 
-    def noise(self, rollout: Rollout, t: Tensor, noise: Tensor) -> Tensor:
-        """The noise to use at times t (B,) in the place of fresh ``noise``."""
+    def noise(self, rollout: Rollout, part: Part, t: Tensor, noise: Tensor) -> Tensor:
+        """The noise to use for ``part`` at times t (B,) in the place of fresh ``noise``."""
         return noise
 
-    def teacher(self, teacher: nn.Module) -> nn.Module:
+    def teacher(self, rollout: Rollout, teacher: nn.Module) -> nn.Module:
         """The network whose estimates are called real."""
         return teacher
 
@@ -185,6 +187,27 @@ def fake_weight(hooks: Sequence[Hook], rollout: Rollout, t: Tensor) -> Tensor:
     for hook in hooks:
         weight = weight * hook.fake_weight(rollout, t)
     return weight
+
+
+def buffers(**tensors: Tensor) -> nn.Module:
+    """A module that holds these tensors and nothing else: a hook's memory."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor.clone())
+    return module
+
+
+def routed(loss: Tensor, inputs: Sequence[Tensor], onto: Sequence[Tensor] | None = None) -> Tensor:
+    """A scalar of the loss's value whose gradient reaches ``onto`` (the inputs themselves if None) and nothing else.
+
+    Frees the loss's graph at once. Gradients that are not finite become zero.
+    """
+    gradients = torch.autograd.grad(loss, list(inputs), allow_unused=True)
+    total = loss.detach()
+    for target, gradient in zip(inputs if onto is None else onto, gradients, strict=True):
+        if gradient is not None:
+            total = total + ((target - target.detach()) * gradient.nan_to_num(0.0, 0.0, 0.0)).sum()
+    return total
 
 
 def trust(hooks: Sequence[Hook], iteration: int) -> float:

@@ -10,7 +10,8 @@ a graph (backward simulation, DMD2 §4.5), and the sample x of step k serves the
 from __future__ import annotations
 
 import copy
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 
 from distill.bundle import Bundle, Manifest, Sampler, write_manifest
 from distill.config import DistillRecipe
-from distill.families.base import coefficients
+from distill.families.base import Condition, coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
-from distill.math import add_noise, group_advantage, squash
-from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening, RewardWeight
-from distill.objectives.decoupled import DecoupledRenoising
+from distill.math import add_noise, group_advantage
+from distill.objectives.build import hooks_of
 from distill.objectives.dmd import fake_loss, student_loss
-from distill.objectives.plan import Hook, Part, Rollout, claimed_times, fraction_of, trust
+from distill.objectives.gan import Adversary
+from distill.objectives.plan import Part, Roles, Rollout, claimed_times, fraction_of, trust
 from distill.provenance import provenance
 from distill.rewards import load_reward
-from distill.sampling import student_table
+from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, freeze, to_uint8
 from distill.tasks.diffusion import draw_times, sample
 from distill.tasks.samples import samples_for
@@ -37,7 +38,7 @@ from distill.trainer import Phase, Telemetry, generator, seeded
 
 
 class DistillationTask:
-    """The roles are the student and the fake score, both copies of the teacher at first."""
+    """The roles are the student and the fake score, copies of the teacher at first, and a recipe's discriminator."""
 
     def __init__(self, recipe: DistillRecipe) -> None:
         self.recipe = recipe
@@ -54,7 +55,15 @@ class DistillationTask:
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
         self.reward = load_reward(recipe.advantage.reward) if recipe.advantage else None
         self.heldout = [load_reward(folder) for folder in recipe.heldout_rewards]
-        self.hooks = hooks_of(recipe)
+        roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
+        self.hooks = hooks_of(recipe, roles, self.reward, tuple(judge.name for judge in self.heldout))
+        self.adversary = next((hook for hook in self.hooks if isinstance(hook, Adversary)), None)
+        if self.adversary:
+            self.roles["discriminator"] = self.adversary.head.train()
+            self.optimizers["discriminator"] = recipe.discriminator or recipe.fake
+        memories = {type(hook).__name__: hook.memory for hook in self.hooks if hook.memory is not None}
+        if memories:  # in the checkpoint, but not in the student's bundle
+            self.roles["fake"] = nn.ModuleDict({"network": self.fake, **memories})
         self._rollouts: dict[int, Rollout] = {}
 
     # --- one iteration ---------------------------------------------------------------------------------------------
@@ -63,15 +72,26 @@ class DistillationTask:
         self._rollouts = {}
         r = self.recipe
         trains_student = iteration >= r.fake_warmup and (iteration - r.fake_warmup) % r.fake_per_student == 0
-        student = Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step)
-        fake = Phase("fake", lambda micro: self._fake(iteration, micro))
-        if not trains_student:
-            return [fake]
-        return [student] if r.ttur == "alternating" else [student, fake]
+        phases = []
+        if trains_student:
+            phases.append(Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step))
+        if not trains_student or r.ttur == "every":
+            phases.append(Phase("fake", lambda micro: self._fake(iteration, micro)))
+            if self.adversary:
+                phases.append(Phase("discriminator", self._discriminator))
+        last = phases.pop()
+        return [*phases, replace(last, after=lambda: self._after_iteration(last.after))]
 
     def _after_student_step(self) -> None:
         for hook in self.hooks:
             hook.after_student_step()
+
+    def _after_iteration(self, after: Callable[[], None] | None) -> None:
+        if after is not None:
+            after()
+        rollouts = [self._rollouts[key] for key in sorted(self._rollouts)]
+        for hook in self.hooks:
+            hook.after_iteration(rollouts)
 
     def _student(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
@@ -88,13 +108,28 @@ class DistillationTask:
 
     def _fake(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
-        own = micro if r.reuse_rollout else micro + r.accumulate
+        own = self._own(micro)
         rollout = self._rollouts.get(own) or self._rollout(iteration, own, graph=False)
         rng = generator(r.seed, iteration, micro, "fake")
         with autocast(r.precision):
             t, noise = self._renoise(rollout, "fake", rng, (0.0, 1.0))
             loss, telemetry = fake_loss(self.family, self.fake, rollout, t, noise, hooks=self.hooks)
         return loss, telemetry | rollout.telemetry
+
+    def _discriminator(self, micro: int) -> tuple[Tensor, Telemetry]:
+        assert self.adversary is not None
+        with autocast(self.recipe.precision):
+            return self.adversary.discriminator_loss(self._rollouts[self._own(micro)])
+
+    def _own(self, micro: int) -> int:
+        """The key of the rollout that the fake score learns from in a micro-batch."""
+        return micro if self.recipe.reuse_rollout else micro + self.recipe.accumulate
+
+    def _real(self, iteration: int, micro: int) -> tuple[Tensor, Condition]:
+        """Real latents and their conditions, drawn apart from the prompts of the rollouts."""
+        size = self.recipe.batch_size // self.recipe.accumulate
+        x, prompts = self.samples.batch(iteration, micro + 2 * self.recipe.accumulate, size)
+        return x, self.family.encode(prompts)
 
     def _renoise(
         self, rollout: Rollout, part: Part, rng: torch.Generator, bounds: tuple[float, float]
@@ -106,7 +141,7 @@ class DistillationTask:
             t = draw_times(schedule, len(rollout.x), rng, *bounds)
         noise = torch.randn(rollout.x.shape, generator=rng)
         for hook in self.hooks:
-            noise = hook.noise(rollout, t, noise)
+            noise = hook.noise(rollout, part, t, noise)
         return t, noise
 
     def _apart(self, rollout: Rollout, rng: torch.Generator) -> tuple[Tensor, Tensor] | None:
@@ -131,9 +166,10 @@ class DistillationTask:
         with autocast(r.precision):
             with torch.no_grad():
                 for i in range(index):
-                    x0 = family.predict(self.student, x, grid[i].expand(size), condition).x0
+                    step = family.predict(self.student, x, grid[i].expand(size), condition)
                     alpha, sigma = coefficients(family.schedule, grid[i + 1].expand(size))
-                    x = add_noise(x0, torch.randn(x.shape, generator=rng), alpha, sigma)
+                    fresh = r.sampler == "stochastic"
+                    x = add_noise(step.x0, torch.randn(x.shape, generator=rng) if fresh else step.eps, alpha, sigma)
             with torch.set_grad_enabled(graph):
                 prediction = family.predict(self.student, x, grid[index].expand(size), condition)
         levels = [fraction_of(family.schedule, float(t)) for t in grid] + [0.0]
@@ -151,6 +187,7 @@ class DistillationTask:
             iteration=iteration,
             trust=trust(self.hooks, iteration),
             random=lambda purpose: generator(r.seed, iteration, micro, purpose),
+            real=lambda: self._real(iteration, micro),
         )
         if self.reward is not None:
             self._score(rollout)
@@ -211,8 +248,10 @@ class DistillationTask:
         return torch.cat(pictures)
 
     def _table(self, steps: int) -> Any:
-        schedule = self.family.schedule
-        return student_table(schedule, self.family.prediction, schedule.grid(steps))
+        schedule, prediction = self.family.schedule, self.family.prediction
+        if self.recipe.sampler == "deterministic":
+            return ode_table(schedule, prediction, steps)
+        return student_table(schedule, prediction, schedule.grid(steps))
 
     def finish(self, output: Path) -> None:
         self.family.save(self.student, output)
@@ -229,21 +268,3 @@ class DistillationTask:
             **self.family.describe(),
         )
         write_manifest(output, manifest)
-
-
-def hooks_of(recipe: DistillRecipe) -> list[Hook]:
-    """The hooks that a recipe names; none is DMD2."""
-    hooks: list[Hook] = []
-    advantage = recipe.advantage
-    if advantage:
-        squashed = partial(squash, kind=advantage.squash, bound=advantage.bound)
-        if recipe.adaptation:
-            hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength, squash=squashed))
-        if recipe.sharpening:
-            group = advantage.group if recipe.sharpening.normalised else None
-            hooks.append(RepulsiveSharpening(clipped=recipe.sharpening.clipped, group=group, squash=squashed))
-    if recipe.decoupled:
-        hooks.append(DecoupledRenoising())
-    if w := recipe.reward_weighting:
-        hooks.append(RewardWeight(w.kappa, centre=w.centre, scale=w.scale, bound=w.bound))
-    return hooks

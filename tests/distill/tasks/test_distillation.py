@@ -1,0 +1,302 @@
+"""The update plan as the trainer runs it: who learns when, from what, and that micro-batches change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distill.tasks.distillation as module
+from distill.bundle import Bundle
+from distill.config import load_recipe
+from distill.objectives.safeguards import RewardGap
+from distill.run import main
+from distill.sampling import Flow, ode_table
+from distill.tasks.distillation import DistillationTask
+from distill.trainer import Trainer, generator
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+SMALL = ["batch_size=8", "log_every=1", "save_every=100", "preview_every=100", "ema=0.9"]
+EVERYTHING = [
+    "adaptation.strength=0.3", "sharpening.normalised=false", "regression={pairs: 8, steps: 2}", "gan={r1: 0.1}",
+    "divergence={}", "decoupled={}", "reward_weighting={kappa: 0.1}", "reward_gradient={weight: 0.01}",
+    "reward_tilt={beta: 0.01}", "shared_teacher={anneal: 50}", "implicit_alignment={}",
+    "segment_guidance={margin: 0.01}", "sub_interval={}", "sampler=deterministic",
+    "first_step_anchor={anchor: 1, steps: 2, matching: true}",
+    "safeguards={guidance_ceiling: 1.5, coherence: 0.0, two_key: 1, ramp: 2}",
+    "safeguards.reward_gap.window=2", "safeguards.diversity.window=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a teacher and two rewards of digits, trained for two iterations."""
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAPFROG_RUNS", str(folder / "runs"))
+        for name, more in (
+            ("digits-teacher", ["model.width=16", "model.layers=2", "model.heads=2", "sampling_steps=2"]),
+            ("digits-reward", []),
+            ("digits-reward", ["seed=1", "name=judge"]),
+        ):
+            target = "judge" if more[-1:] == ["name=judge"] else name
+            overrides = [f"output={folder}/{target}", "iterations=2", "optimizer.warmup=0", *more, *SMALL]
+            assert main([str(RECIPES / f"{name}.yaml"), "--quiet", *overrides]) == 0
+        yield folder
+
+
+def trainer(models: Path, folder: Path, *overrides: str, recipe: str = "digits-dmd2") -> Trainer:
+    settings = [
+        f"teacher={models}/digits-teacher", "iterations=6", "fake_warmup=1", "fake_per_student=2", "steps=[2]",
+        f"output={folder}/out", *SMALL, *overrides,
+    ]  # fmt: skip
+    return Trainer(DistillationTask(load_recipe(RECIPES / f"{recipe}.yaml", settings)), folder, quiet=True)
+
+
+def rewarded(models: Path, *, group: int = 4) -> list[str]:
+    return [f"advantage={{reward: {models}/digits-reward, group: {group}}}"]
+
+
+def vectors(t: Trainer) -> dict[str, Tensor]:
+    return {r: nn.utils.parameters_to_vector(m.parameters()).detach().clone() for r, m in t.task.roles.items()}
+
+
+def step(t: Trainer) -> tuple[set[str], dict[str, Any]]:
+    """Run one iteration; the roles that it moved, and its telemetry."""
+    before = vectors(t)
+    telemetry = t._step()
+    t.iteration += 1
+    after = vectors(t)
+    return {role for role in after if not torch.equal(after[role], before[role])}, telemetry
+
+
+# --- rewards are logged --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_control_without_hooks_groups_its_prompts_and_logs_its_rewards(
+    models: Path, tmp_path: Path, group: int
+) -> None:
+    t = trainer(models, tmp_path, *rewarded(models, group=group), f"heldout_rewards=[{models}/judge]", "iterations=2")
+    assert t.task.hooks == []
+    prompts = t.task._rollout(0, 0, graph=False).prompts
+    assert [prompts[i] == prompts[i + 1] for i in (0, 1, 2)] == [True] * 3 or group == 1
+    t.run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["reward"] < 0 and line["heldout/judge"] < 0 and line["reward_not_finite"] == 0
+        assert line["reward"] != line["heldout/judge"] and ("reward_group_std" in line) == (group > 1)
+
+
+def test_a_control_with_grouped_prompts_differs_from_its_reward_alone(models: Path, tmp_path: Path) -> None:
+    """Scoring draws nothing: the same prompts without the reward give the same weights to the last bit."""
+    scored, plain = trainer(models, tmp_path / "a", *rewarded(models, group=1)), trainer(models, tmp_path / "b")
+    for _ in range(3):
+        step(scored)
+        step(plain)
+    for role, vector in vectors(plain).items():
+        assert torch.equal(vector, vectors(scored)[role])
+
+
+# --- who learns when -----------------------------------------------------------------------------------------------
+
+BOTH, FAKE, STUDENT = {"student", "fake"}, {"fake"}, {"student"}
+
+
+@pytest.mark.parametrize(
+    ("convention", "expected"),
+    [("every", [FAKE, BOTH, FAKE, FAKE, BOTH, FAKE]), ("alternating", [FAKE, STUDENT, FAKE, FAKE, STUDENT, FAKE])],
+)
+def test_both_published_update_ratios(models: Path, tmp_path: Path, convention: str, expected: list[set[str]]) -> None:
+    t = trainer(models, tmp_path, f"ttur={convention}", "fake_per_student=3")
+    assert [step(t)[0] for _ in range(6)] == expected
+
+
+def test_the_fake_score_may_learn_from_its_own_rollouts(models: Path, tmp_path: Path) -> None:
+    shared, own = trainer(models, tmp_path / "a"), trainer(models, tmp_path / "b", "reuse_rollout=false")
+    for t, keys in ((shared, [0]), (own, [0, 1])):
+        step(t)
+        step(t)
+        assert sorted(t.task._rollouts) == keys
+    first, second = own.task._rollouts.values()
+    assert first.prompts != second.prompts and not torch.equal(first.samples, second.samples)
+
+
+def test_a_discriminator_is_a_role_with_a_phase_of_its_own(models: Path, tmp_path: Path) -> None:
+    t = trainer(models, tmp_path, "gan={weight: 0.1}", "discriminator.learning_rate=1e-3")
+    assert t.task.optimizers["discriminator"].learning_rate == 1e-3
+    moved, telemetry = step(t)
+    assert moved == {"fake", "discriminator"}
+    assert [phase.role for phase in t.task.phases(1)] == ["student", "fake", "discriminator"]
+    moved, telemetry = step(t)
+    assert moved == {"student", "fake", "discriminator"}
+    assert {"gan/student", "gan/accuracy", "discriminator/grad_norm"} <= telemetry.keys()
+    frozen = trainer(models, tmp_path / "teacher", "gan={source: teacher, tap: mid}")
+    before = nn.utils.parameters_to_vector(frozen.task.teacher.parameters()).clone()
+    assert step(frozen)[0] == {"fake", "discriminator"}
+    assert torch.equal(before, nn.utils.parameters_to_vector(frozen.task.teacher.parameters()))
+
+
+def test_each_phase_moves_its_own_role_alone_with_every_hook(models: Path, tmp_path: Path) -> None:
+    t = trainer(models, tmp_path, *EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]")
+    teacher = nn.utils.parameters_to_vector(t.task.teacher.parameters()).clone()
+    t.iteration = 1
+    for phase in t.task.phases(1):
+        loss, _ = phase.loss(0)
+        loss.backward()
+        graded = {r for r, m in t.task.roles.items() if any(p.grad is not None for p in m.parameters())}
+        assert graded == {phase.role}
+        for module_ in t.task.roles.values():
+            module_.zero_grad(set_to_none=True)
+    assert all(p.grad is None for m in (t.task.teacher, t.task.reward) for p in m.parameters())
+    assert torch.equal(teacher, nn.utils.parameters_to_vector(t.task.teacher.parameters()))
+
+
+def test_optimizers_share_no_parameter_and_leave_none_out(models: Path, tmp_path: Path) -> None:
+    t = trainer(models, tmp_path, *EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]")
+    owned = [id(p) for o in t.optimizers.values() for group in o.param_groups for p in group["params"]]
+    trained = [id(p) for m in (t.task.student, t.task.fake, t.task.adversary.head) for p in m.parameters()]
+    assert len(owned) == len(set(owned)) and set(owned) == set(trained)
+
+
+# --- accumulation --------------------------------------------------------------------------------------------------
+
+
+class Sliced(torch.Generator):
+    """A generator whose draws, of as many rows as a micro-batch has, are those rows of the whole batch's draw."""
+
+    rows: slice
+    total: int
+
+
+def sliced_draws(patch: pytest.MonkeyPatch, total: int, parts: int) -> None:
+    """Let every draw of a micro-batch be its share of the draw that the whole batch makes."""
+    size = total // parts
+
+    def keyed(seed: int, iteration: int, micro: int, purpose: str) -> Sliced:
+        rng = Sliced()
+        rng.set_state(generator(seed, iteration, 0, purpose).get_state())
+        share = micro % parts
+        rng.rows, rng.total = slice(share * size, (share + 1) * size), total
+        return rng
+
+    def sharing(draw: Any) -> Any:
+        def drawn(*arguments: Any, generator: Any = None, **options: Any) -> Tensor:
+            if not isinstance(generator, Sliced):
+                return draw(*arguments, generator=generator, **options)  # type: ignore[no-any-return]
+            *limits, shape = arguments if isinstance(arguments[-1], (tuple, torch.Size)) else ((arguments),)
+            shape = tuple(shape)
+            scale = len(range(generator.total)[generator.rows])
+            if shape[0] == 1:  # one draw for all rows
+                return draw(*limits, shape, generator=generator, **options)  # type: ignore[no-any-return]
+            factor = generator.total // scale
+            whole = draw(*limits, (shape[0] * factor, *shape[1:]), generator=generator, **options)
+            start = generator.rows.start * shape[0] // scale
+            return whole[start : start + shape[0]]  # type: ignore[no-any-return]
+
+        return drawn
+
+    patch.setattr(module, "generator", keyed)
+    for name in ("rand", "randn", "randint"):
+        patch.setattr(torch, name, sharing(getattr(torch, name)))
+
+
+def gradients(t: Trainer, patch: pytest.MonkeyPatch, parts: int, iterations: int) -> list[dict[str, Tensor]]:
+    """The gradient of every phase of some iterations, and the memories at the end, without an optimizer's step."""
+    samples, found = t.task.samples, []
+    conditions, batch = samples.conditions, samples.batch
+
+    def some(iteration: int, micro: int, size: int) -> Any:
+        return conditions(iteration, 0, size * parts)[(micro % parts) * size :][:size]
+
+    def real(iteration: int, micro: int, size: int) -> Any:
+        x, labels = batch(iteration, 99, size * parts)
+        share = (micro % parts) * size
+        return x[share : share + size], labels[share : share + size]
+
+    patch.setattr(samples, "conditions", some)
+    patch.setattr(samples, "batch", real)
+    for iteration in range(iterations):
+        for phase in t.task.phases(iteration):
+            for micro in range(parts):
+                (phase.loss(micro)[0] / parts).backward()
+            role = t.task.roles[phase.role]
+            found.append(
+                {f"{phase.role}/{n}": p.grad.clone() for n, p in role.named_parameters() if p.grad is not None}
+            )
+            role.zero_grad(set_to_none=True)
+            if phase.after is not None:
+                phase.after()
+    found.append({n: b.clone() for hook in t.task.hooks if hook.memory for n, b in hook.memory.named_buffers()})
+    return found
+
+
+def test_micro_batches_give_every_phase_the_gradient_of_the_batch(models: Path, tmp_path: Path) -> None:
+    """With every hook at once, over iterations with and without the student; memories agree as well."""
+    results = []
+    for parts in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            more = [*EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]", f"accumulate={parts}"]
+            t = trainer(models, tmp_path / str(parts), *more, "batch_size=16")
+            sliced_draws(patch, 16, parts)
+            results.append(gradients(t, patch, parts, 4))
+    whole, halves = results
+    assert [sorted({k.split("/")[0] for k in phase}) for phase in whole[:-1]] == [
+        ["fake"], ["discriminator"], ["student"], ["fake"], ["discriminator"],
+        ["fake"], ["discriminator"], ["student"], ["fake"], ["discriminator"],
+    ]  # fmt: skip
+    for one, two in zip(whole, halves, strict=True):
+        assert one.keys() == two.keys() and one
+        scale = max(float(v.abs().max()) for v in one.values())
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-5 * scale, msg=name)
+
+
+# --- states and results --------------------------------------------------------------------------------------------
+
+
+def test_memories_are_resumed(models: Path, tmp_path: Path) -> None:
+    """A run with every hook that is interrupted equals one that is not, to the last bit."""
+    more = [*EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]"]
+    whole, parts = trainer(models, tmp_path / "whole", *more), trainer(models, tmp_path / "parts", *more)
+    for _ in range(3):
+        step(whole)
+        step(parts)
+    parts.save()
+    resumed = trainer(models, tmp_path / "parts", *more)
+    assert resumed.resume() == 3
+    gaps = []
+    for t in (whole, resumed):
+        for _ in range(2):
+            step(t)
+        gaps.append(next(hook.gap() for hook in t.task.hooks if isinstance(hook, RewardGap)))
+    a, b = whole._tensors(), resumed._tensors()
+    assert any("RewardGap" in name for name in a) and any("discriminator/optimizer" in name for name in a)
+    assert a.keys() == b.keys() and [n for n in a if not torch.equal(a[n], b[n])] == []
+    assert gaps[0] == gaps[1] != 0.0
+
+
+def test_states_of_runs_without_memories_keep_their_names(models: Path, tmp_path: Path) -> None:
+    assert not any("network" in name for name in trainer(models, tmp_path)._tensors())
+
+
+def test_a_deterministic_student_is_sampled_as_it_was_trained(models: Path, tmp_path: Path) -> None:
+    t = trainer(models, tmp_path, "sampler=deterministic", "iterations=1", "steps=[4]")
+    with torch.no_grad():
+        rollouts = [t.task._rollout(i, 0, graph=False) for i in range(8)]
+        rollout = next(r for r in rollouts if r.index > 0)
+        x = torch.randn(8, 1, 8, 8, generator=generator(0, rollout.iteration, 0, "rollout"))
+        for k in range(rollout.index):
+            level = 1 - k / 4
+            flow = t.task.student(x, timestep=torch.full((8,), 1000 * level), class_labels=rollout.condition["labels"])
+            x = x - 0.25 * flow.sample
+    torch.testing.assert_close(rollout.start, x, rtol=1e-4, atol=1e-5)
+    t.run()
+    table = ode_table(Flow(), "flow", 4)
+    sampler = Bundle.open(tmp_path / "out").manifest.samplers[4]
+    assert [tuple(row) for row in sampler.rows] == [pytest.approx(tuple(row)) for row in table.rows.tolist()]
