@@ -19,7 +19,7 @@ from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import describe
 from distill.data.digits import load_digits
 from distill.data.world import sample_scene
-from distill.rewards import ClipReward, DigitClassifier, clip_cosine
+from distill.rewards import ClipReward, DigitClassifier, image_features, text_features
 from distill.tasks.clip import wrong_caption
 from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator, seeded
@@ -80,15 +80,18 @@ class ClipRewardTask:
         scenes = [sample_scene(data.seed, int(i)) for i in index]
         clean = to_float(self.images[index])
         damaged = degrade(clean, rng, generator(r.seed, iteration, micro, "noise"))
-        right = [describe(s, rng, full=True).text for s in scenes]
-        wrong = [wrong_caption(s, rng).text for s in scenes]
+        texts = [describe(s, rng, full=True).text for s in scenes]
+        texts += [wrong_caption(s, rng).text for _ in range(r.wrong_captions) for s in scenes]
         with autocast(r.precision):
-            cosine = clip_cosine(
-                self.clip, self.tokenizer, torch.cat((clean, damaged, clean)), [*right, *right, *wrong]
-            )
-        good, spoiled, mistaken = (100.0 * cosine / r.temperature).chunk(3)
-        loss = -logsigmoid(good - spoiled).mean() - logsigmoid(good - mistaken).mean()
-        values = {"over_damaged": (good > spoiled).float().mean(), "over_wrong": (good > mistaken).float().mean()}
+            pictures = image_features(self.clip, torch.cat((clean, damaged)))
+            captions = text_features(self.clip, self.tokenizer, texts)
+        shown, spoiled = pictures.chunk(2)
+        right, wrong = captions[: len(scenes)], captions[len(scenes) :].unflatten(0, (r.wrong_captions, len(scenes)))
+        good = (shown * right).sum(-1)
+        over_damaged = 100.0 * (good - (spoiled * right).sum(-1)) / r.temperature
+        over_wrong = 100.0 * (good - (shown * wrong).sum(-1)) / r.temperature
+        loss = -logsigmoid(over_damaged).mean() - logsigmoid(over_wrong).mean()
+        values = {"over_damaged": (over_damaged > 0).float().mean(), "over_wrong": (over_wrong > 0).float().mean()}
         return loss, values
 
     def preview(self) -> Tensor:
