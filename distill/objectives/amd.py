@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from distill.math import adaptive_weights, sharpening_weight, squash
-from distill.objectives.plan import Hook, Matching, Rollout
+from distill.objectives.plan import Hook, Matching, Rollout, Terms
 
 Squash = Callable[[Tensor], Tensor]
 
 
 class DynamicScoreAdaptation(Hook):
     """α_i, β_i = 1 ± s·ã_i (Eq. 13, linear form inferred): poor samples are pushed by distribution matching."""
+
+    terms = Terms(beta="1 − s·ã", alpha="1 + s·ã")
 
     def __init__(self, strength: float, *, squash: Squash = squash) -> None:
         self.strength, self.squash = strength, squash
@@ -41,6 +43,8 @@ class RepulsiveSharpening(Hook):
     clipped: a is squashed as for the student, which bounds the tilt of the density that the fake score learns.
     group: if given, W is scaled to mean 1 within groups, which keeps the fake score's effective learning rate.
     """
+
+    terms = Terms(weight="exp(−ã)")
 
     def __init__(self, *, clipped: bool = True, group: int | None = None, squash: Squash = squash) -> None:
         self.clipped, self.group, self.squash = clipped, group, squash
@@ -60,6 +64,8 @@ class RewardWeight(Hook):
     as VideoAlign's are; ``bound`` clips r. Where AMD lowers β for good samples, this raises both weights.
     A reward that is not finite counts as r = 0.
     """
+
+    terms = Terms(beta="exp(κ·r)", alpha="exp(κ·r)")
 
     def __init__(self, kappa: float, *, centre: float = 0.0, scale: float = 1.0, bound: float | None = None) -> None:
         self.kappa, self.centre, self.scale, self.bound = kappa, centre, scale, bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.objectives.plan import Hook, Part, Rollout
+from distill.objectives.plan import Hook, Part, Rollout, Terms
 
 
 class DecoupledRenoising(Hook):
@@ -14,6 +14,8 @@ class DecoupledRenoising(Hook):
     Guidance ("the engine") then works on what the step still has to decide, matching ("the regulariser") everywhere.
     The paper writes τ_CA ∼ U(t, 1) with 1 = clean (high confidence). Costs one more call of the teacher per update.
     """
+
+    terms = Terms(ca_times="uniform up to t_k")
 
     def times(self, rollout: Rollout, part: Part, rng: torch.Generator, low: float, high: float) -> Tensor | None:
         if part != "ca":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill.math import ode_target
 from distill.objectives.ode import CLEAN, follow, noise_level
-from distill.objectives.plan import Hook, Matching, Roles, Rollout
+from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms
 
 
 class FirstStepAnchor(Hook):
@@ -18,6 +18,8 @@ class FirstStepAnchor(Hook):
     matching: also apply distribution matching to the first step; the paper does not, it detaches after that step.
     Here each iteration trains one step of the grid, so that both terms are met as often as their steps are drawn.
     """
+
+    terms = Terms(beta="0 if k = 1", alpha="0 if k = 1", extra="λ·‖x − x̂‖² to the teacher's ODE if k = 1")
 
     def __init__(
         self, roles: Roles, *, weight: float, anchor: int, steps: int, guidance: float, matching: bool = False

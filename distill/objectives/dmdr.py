@@ -12,7 +12,7 @@ import torch
 from scipy.special import betaincinv  # type: ignore[import-untyped]
 from torch import Tensor
 
-from distill.objectives.plan import Hook, Part, Roles, Rollout, routed
+from distill.objectives.plan import Hook, Part, Roles, Rollout, Terms, routed
 
 
 class RewardGradient(Hook):
@@ -22,6 +22,8 @@ class RewardGradient(Hook):
     iterations without. Pixels are clipped to the picture's range as in the reference, in float32. Rewards that are not
     finite, and gradients that are not, count as zero. The reward's graph is freed before the student's is walked.
     """
+
+    terms = Terms(extra="−λ·r, differentiated")
 
     def __init__(self, roles: Roles, reward: Any, *, weight: float, start: int = 0) -> None:
         self.roles, self.reward, self.weight, self.start = roles, reward, weight, start
@@ -47,6 +49,8 @@ class BetaRenoising(Hook):
     a, b = 1 + (4 − 1)·γ, 1 + (1.5 − 1)·γ with γ = ½(1 + cos(π·i/anneal)), anneal = 10,000 (reference code, high
     confidence). There τ covers (0, 1); here it is scaled into the recipe's time_range.
     """
+
+    terms = Terms(times="Beta(a, b), annealed to uniform")
 
     def __init__(self, *, a: float, b: float, anneal: int) -> None:
         self.a, self.b, self.anneal = a, b, anneal

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.objectives.gan import Adversary
-from distill.objectives.plan import Hook, Matching, Roles, Rollout, buffers
+from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms, buffers
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse-kl": torch.ones_like,
@@ -29,6 +29,8 @@ class DivergenceWeight(Hook):
     confidence). It also divides h by its mean over the batch, which would couple samples; here both means are those of
     earlier iterations (``decay``), so that micro-batches give what the batch gives.
     """
+
+    terms = Terms(beta="h(p/q)", alpha="h(p/q)")
 
     memory: nn.Module
 

@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 
 from distill.families.base import Condition, coefficients
 from distill.math import add_noise
-from distill.objectives.plan import Hook, Roles, Rollout, Telemetry, routed, time_at
+from distill.objectives.plan import Hook, Roles, Rollout, Telemetry, Terms, routed, time_at
 
 
 class Head(nn.Module):
@@ -47,6 +47,8 @@ class Adversary(Hook):
     E[(D(y_t + δ·u) − D(y_t))²]/δ² with u ∼ N(0, 1), the same in the limit. Perturbing a less noised y at the same t,
     as some public code does, measures how D reacts to another noise level instead.
     """
+
+    terms = Terms(extra="GAN on real data")
 
     def __init__(
         self,

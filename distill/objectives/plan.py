@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,24 @@ class Roles:
     samples: Any = None
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a hook puts into each slot of the operator, in words; empty where it leaves the slot alone."""
+
+    beta: str = ""
+    alpha: str = ""
+    weight: str = ""
+    real: str = ""
+    times: str = ""
+    ca_times: str = ""
+    extra: str = ""
+
+
 class Hook:
     """One method's terms; the defaults add nothing."""
+
+    terms: ClassVar[Terms] = Terms()
+    """What the generated table of methods says of this hook."""
 
     memory: nn.Module | None = None
     """Buffers that must survive a resumed run."""

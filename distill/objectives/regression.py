@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.objectives.ode import CLEAN, follow
-from distill.objectives.plan import Hook, Roles, Rollout
+from distill.objectives.plan import Hook, Roles, Rollout, Terms
 
 CHUNK = 32
 
@@ -20,6 +20,8 @@ class OdeRegression(Hook):
     because LPIPS needs weights from elsewhere. G is the student's first step, which all of its grids share.
     Pairs are made in chunks of a fixed composition when they are first drawn, so that a resumed run finds the same.
     """
+
+    terms = Terms(extra="λ·‖G(z) − y‖² on ODE pairs")
 
     def __init__(self, roles: Roles, *, weight: float, pairs: int, steps: int, guidance: float, seed: int) -> None:
         self.roles, self.weight, self.pairs, self.guidance = roles, weight, pairs, guidance

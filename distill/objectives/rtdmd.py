@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.families.base import coefficients
 from distill.math import expand
 from distill.objectives.dmdr import reward_of
-from distill.objectives.plan import Hook, Matching, Roles, Rollout
+from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms
 
 
 class RewardTilt(Hook):
@@ -22,6 +22,8 @@ class RewardTilt(Hook):
     dimension. For Gaussian data and a linear reward it is exact, and the fixed point is p·e^{βr}: what AMD's sharpening
     reaches without a gradient, with β one over the deviation of r.
     """
+
+    terms = Terms(extra="H + β_r·v_t·∇r")
 
     def __init__(self, roles: Roles, reward: Any, *, beta: float, deviation: float = 1.0) -> None:
         self.roles, self.reward, self.beta, self.variance = roles, reward, beta, deviation**2

@@ -8,7 +8,7 @@ from torch import Tensor
 from distill.families.base import coefficients
 from distill.math import expand
 from distill.objectives.ode import CLEAN, follow, noise_level
-from distill.objectives.plan import Hook, Roles, Rollout, time_at
+from distill.objectives.plan import Hook, Roles, Rollout, Terms, time_at
 
 
 class ImplicitAlignment(Hook):
@@ -16,6 +16,8 @@ class ImplicitAlignment(Hook):
 
     λ = 0.97 to 0.98 in the reference code (high confidence). Student and fake must have the same architecture.
     """
+
+    terms = Terms(extra="φ ← λ·φ + (1 − λ)·θ after each step")
 
     def __init__(self, roles: Roles, decay: float) -> None:
         self.roles, self.decay = roles, decay
@@ -33,6 +35,8 @@ class IntraSegmentGuidance(Hook):
     λ = 0.5, c = 0.001 of huber(d) = √(d² + c²) − c, and a margin of 50/1000 at both ends of the segment (reference
     code, high confidence). The reference draws the teacher's guidance from U(2, 4); here it is the recipe's.
     """
+
+    terms = Terms(extra="huber between two paths through a segment")
 
     def __init__(self, roles: Roles, *, weight: float, guidance: float, margin: float = 0.05, c: float = 1e-3) -> None:
         self.roles, self.weight, self.guidance, self.margin, self.c = roles, weight, guidance, margin, c

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill.families.base import coefficients
 from distill.math import expand, min_snr_weight
-from distill.objectives.plan import Hook, Part, Roles, Rollout
+from distill.objectives.plan import Hook, Part, Roles, Rollout, Terms
 
 
 class SubIntervalMatching(Hook):
@@ -19,6 +19,8 @@ class SubIntervalMatching(Hook):
     Segments, cap and weight are the reference code's (high confidence); a cap of None leaves the family's own loss. Its
     student loss lacks our ½. The paper's losses are updated 1:1, fake_per_student: 1.
     """
+
+    terms = Terms(times="uniform in [t_{k+1}, t_k]", weight="min(SNR, 5)·exp(½(ε² − ε'²))")
 
     def __init__(self, roles: Roles, *, deterministic: bool, snr_cap: float | None = 5.0) -> None:
         self.roles, self.deterministic, self.snr_cap = roles, deterministic, snr_cap

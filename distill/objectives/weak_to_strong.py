@@ -13,7 +13,7 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from distill.objectives.plan import Hook, Roles, Rollout
+from distill.objectives.plan import Hook, Roles, Rollout, Terms
 
 
 class SharedTeacher(Hook):
@@ -23,6 +23,8 @@ class SharedTeacher(Hook):
     DMDR: 0.75 of a LoRA whose own scale is 2.0, that is 0.375 of the fake score's difference, annealed over 10,000
     iterations (reference script, high confidence). Keeps one more network in memory.
     """
+
+    terms = Terms(real="θ + w·(φ − θ)")
 
     def __init__(self, roles: Roles, *, share: float, anneal: int | None = None) -> None:
         self.roles, self.share, self.anneal = roles, share, anneal
