@@ -114,7 +114,7 @@ def main() -> None:
         "digest": bundle.digest,
         "steps": options.steps,
         "threads": threads,
-        "processor": _processor(),
+        "processor": processor(),
         "runtime": time_runtime(bundle, options.steps, options.requests, threads),
         "service": time_service(bundle, options.steps, options.requests),
     }
@@ -125,7 +125,7 @@ def main() -> None:
     print(f"wrote {options.out}")
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as Linux tells it."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]

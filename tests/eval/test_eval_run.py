@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from eval.prompts import Prompt, build_prompts, load_suite
 from eval.sources import BundleSource, FolderSource, generate, open_source, write_folder
 from eval.statistics import bootstrap_mean
 from eval.store import Store
+from service.runtimes import choose
 
 
 @register
@@ -91,6 +94,43 @@ def test_a_bundle_is_scored_and_stored(
         assert row["versions"]["numpy"] == np.__version__ and row["hardware"]["cores"] >= 1
         assert row["command"].startswith("python -m eval.run ") and row["resolved"]["prompts"]["count"] == 6
         assert len(store.per_sample(row["id"], "test-brightness")) == 6
+
+
+def test_runtime_and_precision_are_recorded_and_decide_the_cache(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = [["--runtime", "onnx"], ["--runtime", "openvino"], ["--runtime", "openvino", "--precision", "auto"]]
+    for options in kinds:
+        assert run.main([*command, *options]) == 0
+    with Store(tmp_path / "s.sqlite") as store:
+        identities = [row["source"]["identity"] for row in store.runs()]
+        assert all("openvino" in row["versions"] and "onnxruntime" in row["versions"] for row in store.runs())
+    made = {(i["runtime"], i["runtime_version"], i["precision"]) for i in identities}
+    expected = choose("openvino", "auto")
+    openvino, onnx = version("openvino"), version("onnxruntime")
+    assert made == {("onnx", onnx, "float32"), ("openvino", openvino, "float32"), ("openvino", openvino, expected[1])}
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runtime", "onnx", "--precision", "bfloat16"], "ONNX Runtime has none on the CPU"),
+        (["--runtime", "openvino"], "run: pip install 'leapfrog[openvino]'"),
+    ],
+)
+def test_a_runtime_that_cannot_be_had_ends_with_the_reason(
+    command: list[str], options: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert run.main([*command, *options]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_a_runtime_is_no_option_for_what_is_no_bundle() -> None:
+    with pytest.raises(EvalError, match=r"renders is no bundle .*precision bfloat16"):
+        open_source("renders", precision="bfloat16")
 
 
 def test_pictures_do_not_depend_on_the_batch_and_do_on_seed_and_prompt(
@@ -220,7 +260,8 @@ def test_the_service_makes_the_pictures_of_the_bundle(
     served = open_source(f"{service}#tiny-sdxl", steps=2)
     np.testing.assert_array_equal(served.make(prompts), source.make(prompts))
     assert served.identity is not None and source.identity is not None
-    assert served.identity["digest"] == source.identity["digest"]
+    for key in ("digest", "steps", "runtime", "runtime_version", "precision", "device"):
+        assert served.identity[key] == source.identity[key] is not None
     with pytest.raises(EvalError, match="not 'other'"):
         open_source(f"{service}#other")
     with pytest.raises(EvalError, match=r"--steps is 3 .* \[1, 2, 4, 8\]"):

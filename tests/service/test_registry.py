@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,26 @@ def test_a_bundle_or_a_folder_of_bundles(tiny_bundle: Path) -> None:
     finally:
         registry.close()
     assert not registry.ready
+
+
+def test_the_runtime_is_the_one_of_the_settings(tiny_bundle: Path) -> None:
+    registry = Registry(Settings(bundles=tiny_bundle, threads=1, max_batch=1, runtime="openvino"))
+    registry.load()
+    try:
+        able = registry.get(None).runtime.capabilities
+        assert (able.runtime, able.precision) == ("openvino", "float32")
+    finally:
+        registry.close()
+
+
+def test_a_runtime_that_is_not_installed_is_named_and_nothing_is_served(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    registry = Registry(Settings(bundles=tiny_bundle, runtime="openvino"))
+    registry.load()
+    assert registry.state == "failed"
+    assert registry.reason.endswith("run: pip install 'leapfrog[openvino]'")
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "unlisted"])

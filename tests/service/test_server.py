@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -77,6 +78,8 @@ def test_openai_client_lists_models(client: openai.OpenAI) -> None:
     capabilities = (client.models.retrieve("tiny-sdxl").model_extra or {})["capabilities"]
     assert capabilities["steps"] == [1, 2, 4, 8]
     assert capabilities["sizes"] == ["64x64"]
+    assert (capabilities["runtime"], capabilities["precision"]) == ("onnx", "float32")
+    assert capabilities["runtime_version"] == version("onnxruntime")
     with pytest.raises(openai.NotFoundError, match="tiny-sdxl"):
         client.models.retrieve("nothing")
 

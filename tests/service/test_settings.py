@@ -18,11 +18,17 @@ def test_defaults_point_at_the_bundles_of_the_repository() -> None:
 
 def test_variables_are_typed() -> None:
     settings = Settings.from_env(
-        {"LEAPFROG_BUNDLES": "/srv/b", "LEAPFROG_API_KEYS": " alpha, beta,", "LEAPFROG_MAX_BATCH": "4"}
+        {
+            "LEAPFROG_BUNDLES": "/srv/b",
+            "LEAPFROG_API_KEYS": " alpha, beta,",
+            "LEAPFROG_MAX_BATCH": "4",
+            "LEAPFROG_PRECISION": "auto",
+        }
     )
     assert settings.bundles == Path("/srv/b")
     assert settings.api_keys == ("alpha", "beta")
     assert settings.max_batch == 4
+    assert (settings.runtime, settings.precision) == ("auto", "auto")
 
 
 def test_keys_do_not_show_in_logs() -> None:
@@ -35,6 +41,10 @@ def test_keys_do_not_show_in_logs() -> None:
         ({"LEAPFROG_BUNDELS": "x"}, "LEAPFROG_BUNDELS is not a setting; did you mean LEAPFROG_BUNDLES?"),
         ({"LEAPFROG_API_KEY": "x"}, "did you mean LEAPFROG_API_KEYS?"),
         ({"LEAPFROG_MAX_BATCH": "many"}, "LEAPFROG_MAX_BATCH is 'many'"),
+        (
+            {"LEAPFROG_RUNTIME": "tensorrt"},
+            "LEAPFROG_RUNTIME is 'tensorrt': input should be 'auto', 'onnx' or 'openvino'",
+        ),
         ({"LEAPFROG_MAX_N": "0"}, "LEAPFROG_MAX_N is '0'"),
         ({"LEAPFROG_MAX_N": "4", "LEAPFROG_MAX_QUEUE": "2"}, "max_n is 4 and max_queue 2"),
     ],

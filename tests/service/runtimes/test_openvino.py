@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 from numpy.typing import NDArray
 
@@ -13,7 +14,7 @@ from distill.sampling import noise
 from service.runtimes import OnnxRuntime, RuntimeUnavailable, generate, open_runtime
 from service.runtimes import openvino as module
 from service.runtimes.base import Conditioning, Floats
-from service.runtimes.openvino import OpenVinoRuntime, has_bfloat16
+from service.runtimes.openvino import OpenVinoRuntime, has_bfloat16, take_time_out
 
 PROMPTS = ("a small red metal sphere", "a large blue rubber cube left of a green cylinder", "x")
 SEEDS = (3, 4, 5)
@@ -66,6 +67,31 @@ def test_bfloat16_is_near_and_is_not_float32(runtime: OnnxRuntime, bfloat16: Ope
         assert BFLOAT16_STEP_DB <= psnr_db(found[1], reference[1], float(np.ptp(reference[1]))) < 90
     pictures, expected = (generate(r, r.manifest, PROMPTS, SEEDS, steps=4) for r in (bfloat16, runtime))
     assert psnr_db(pictures, expected, 255.0) >= BFLOAT16_PICTURE_DB
+
+
+def test_the_part_that_knows_the_time_is_cut_out_whole(float32: OpenVinoRuntime, tiny_bundle: Path) -> None:
+    """Both parts in float32 compute what the graph did; a graph without a timestep is left alone."""
+    bundle, core = Bundle.open(tiny_bundle), ov.Core()
+    conditioning = float32.encode_text(PROMPTS)
+    table = float32.manifest.samplers[4].table()
+    latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
+    feed = {"latents": latents, "timestep": table.timesteps[:3], "coefficients": table.rows[:3], "noise": latents}
+    model = core.read_model(bundle.file(bundle.engine("step").file))
+    model.reshape({name: list(value.shape) for name, value in (feed | conditioning).items()})
+    time_model = take_time_out(model)
+    assert time_model is not None
+    assert "timestep" not in {entry.any_name for entry in model.inputs}
+    assert [entry.any_name for entry in time_model.inputs] == ["timestep"]
+    exact = {"INFERENCE_PRECISION_HINT": ov.Type.f32, "INFERENCE_NUM_THREADS": 1}
+    features = core.compile_model(time_model, "CPU", exact)({"timestep": feed["timestep"]})
+    assert {entry.any_name for entry in features} <= {entry.any_name for entry in model.inputs}
+    rest = {name: value for name, value in (feed | conditioning).items() if name != "timestep"}
+    parts = core.compile_model(model, "CPU", exact)(rest | {e.any_name: value for e, value in features.items()})
+    whole = float32.step(latents, feed["timestep"], feed["coefficients"], latents, conditioning)
+    for name, expected in zip(("next", "x0"), whole, strict=True):
+        assert np.abs(parts[name] - expected).max() / np.ptp(expected) <= 1e-5
+    decoder = core.read_model(bundle.file(bundle.engine("decoder").file))
+    assert take_time_out(decoder) is None
 
 
 def test_a_seed_gives_the_same_picture_alone_and_beside_others(bfloat16: OpenVinoRuntime) -> None:
