@@ -83,6 +83,15 @@ class Case:
         assert x.grad is not None
         return loss.detach(), x.grad
 
+    def decoupled(self, t: Tensor, noise: Tensor) -> Tensor:
+        """The gradient when guidance is re-noised at t with noise, apart from matching."""
+        x = self.x.clone().requires_grad_()
+        rollout = Rollout(x, self.condition, (), 4, 0)
+        networks = (self.family, self.teacher, self.fake)
+        student_loss(*networks, rollout, self.t, self.noise, guidance=OMEGA, ca=(t, noise))[0].backward()
+        assert x.grad is not None
+        return x.grad
+
     def weighted_error(self, hooks: list[Hook], rows: list[int] | None = None) -> Tensor:
         """The fake score's loss of some rows."""
         i = torch.arange(8) if rows is None else torch.tensor(rows)
@@ -95,12 +104,14 @@ def f64(tensor: Tensor) -> Array:
     return tensor.detach().double().numpy()
 
 
-def clean_estimates(case: Case) -> tuple[Array, Array, Array, Array]:
-    """(x, x_c, x_u, x_f) as (8, DIM) float64, from the networks' weights alone."""
+def clean_estimates(
+    case: Case, t: Tensor | None = None, noise: Tensor | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """(x, x_c, x_u, x_f) as (8, DIM) float64 at the case's point or another, from the networks' weights alone."""
     prediction = case.family.prediction
-    alpha, sigma = (a[:, None] for a in alpha_sigma(prediction, f64(case.t)))
+    alpha, sigma = (a[:, None] for a in alpha_sigma(prediction, f64(case.t if t is None else t)))
     x = f64(case.x).reshape(8, DIM)
-    x_t = alpha * x + sigma * f64(case.noise).reshape(8, DIM)
+    x_t = alpha * x + sigma * f64(case.noise if noise is None else noise).reshape(8, DIM)
 
     def estimate(net: torch.nn.Linear, condition: Array) -> Array:
         m = np.concatenate((x_t, condition), 1) @ f64(net.weight).T + f64(net.bias)
@@ -141,6 +152,53 @@ def test_amd_gradient_matches_equations_10_12_and_13(prediction: str) -> None:
     _, expected = dmd2_gradient(*clean_estimates(case), 1 + 0.4 * a, 1 - 0.4 * a)
     _, gradient = case.loss([DynamicScoreAdaptation(0.4)])
     np.testing.assert_allclose(f64(gradient).reshape(8, DIM), expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_decoupled_gradient_takes_each_part_from_its_own_point(prediction: str) -> None:
+    """D-DMD (arXiv 2511.22677, Eq. 8): s_c − s_f at τ_DM plus (ω − 1)(s_c − s_u) at τ_CA, one normaliser for both."""
+    case, rng = Case(prediction), torch.Generator().manual_seed(9)
+    noise = torch.randn(8, *SHAPE, generator=rng)
+    t = 0.6 * case.t if prediction == "flow" else (0.6 * case.t).round()
+    x, x_c, _, x_f = clean_estimates(case)
+    _, y_c, y_u, _ = clean_estimates(case, t, noise)
+    grad = (x_f - x_c) + (OMEGA - 1) * (y_u - y_c)
+    grad = grad / np.abs(x - (x_c + (OMEGA - 1) * (y_c - y_u))).mean(1, keepdims=True)
+    expected = grad / grad.size
+    found = f64(case.decoupled(t, noise)).reshape(8, DIM)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_self_forcings_guidance_is_ours_with_one_more(prediction: str) -> None:
+    """Its code has c + g·(c − u): the same gradient as ω = g + 1 in the standard form, with its own normaliser."""
+    case = Case(prediction)
+    x, x_c, x_u, x_f = clean_estimates(case)
+    guided = x_c + (OMEGA - 1) * (x_c - x_u)
+    grad = (x_f - guided) / np.abs(x - guided).mean(1, keepdims=True)
+    expected = grad / grad.size
+    found = f64(case.loss([])[1]).reshape(8, DIM)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("hooks", [[], [DynamicScoreAdaptation(0.3)]])
+def test_the_gradient_is_the_papers_in_pure_noise(hooks: list[Hook]) -> None:
+    """v-prediction with α = 0 at the last timestep: x̂ = −v, and nothing is divided by α."""
+    case = Case("v")
+    case.family.schedule = ScaledLinear(zero_terminal=True)
+    case.t = torch.full((8,), 999.0, dtype=torch.float64)
+    x_t = f64(case.noise).reshape(8, DIM)
+
+    def estimate(net: torch.nn.Linear, condition: Array) -> Array:
+        return -(np.concatenate((x_t, condition), 1) @ f64(net.weight).T + f64(net.bias))
+
+    c, a = f64(case.condition["c"]), np.zeros(8)
+    if hooks:
+        a = np.clip(f64(math.group_advantage(case.rewards, 4)), -1, 1)
+    estimates = estimate(case.teacher, c), estimate(case.teacher, 0 * c), estimate(case.fake, c)
+    _, expected = dmd2_gradient(f64(case.x).reshape(8, DIM), *estimates, 1 + 0.3 * a, 1 - 0.3 * a)
+    found = f64(case.loss(hooks)[1]).reshape(8, DIM)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
