@@ -159,5 +159,5 @@ def sharpening_weight(advantage: Tensor, *, group: int | None = None) -> Tensor:
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(Σw)²/Σw² as a fraction of the number of samples: 1 for equal weights."""
-    return weight.sum().square() / (weight.square().sum() * len(weight))
+    """(Σw)²/Σw² as a fraction of the number of samples: 1 for equal weights, 0 where all are 0."""
+    return weight.sum().square() / (weight.square().sum() * len(weight)).clamp_min(1e-30)

@@ -311,6 +311,7 @@ def test_sharpening_weighs_poor_samples_more_and_keeps_the_mean_of_a_group() -> 
 def test_effective_sample_size_is_the_fraction_of_samples_that_count() -> None:
     assert float(math.effective_sample_size(torch.full((8,), 3.0))) == pytest.approx(1.0)
     assert float(math.effective_sample_size(torch.tensor([0.0, 0.0, 0.0, 5.0]))) == pytest.approx(0.25)
+    assert float(math.effective_sample_size(torch.zeros(4))) == 0.0
 
 
 # --- samples do not see each other ---------------------------------------------------------------------------------
