@@ -13,6 +13,7 @@ from distill.objectives.diversity import FirstStepAnchor
 from distill.objectives.dmdr import BetaRenoising, RewardGradient
 from distill.objectives.fdistill import DivergenceWeight
 from distill.objectives.gan import Adversary
+from distill.objectives.options import GapGuard
 from distill.objectives.plan import Hook, Roles
 from distill.objectives.regression import OdeRegression
 from distill.objectives.rtdmd import RewardTilt
@@ -95,8 +96,8 @@ def _safeguards(recipe: DistillRecipe, roles: Roles, heldout: tuple[str, ...]) -
         hooks.append(Ramp(start=recipe.fake_warmup, length=guards.ramp))
     if guards.two_key:
         hooks.append(TwoKey(roles, group=group, draws=guards.two_key, time_range=recipe.time_range))
-    if guards.reward_gap:
-        hooks.append(RewardGap(heldout, **guards.reward_gap.model_dump()))
+    if heldout:
+        hooks.append(RewardGap(heldout, **(guards.reward_gap or GapGuard()).model_dump(), acts=bool(guards.reward_gap)))
     if guards.diversity:
         hooks.append(DiversityWatch(recipe.steps, group=group, **guards.diversity.model_dump()))
     if guards.coherence is not None:

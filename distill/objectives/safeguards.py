@@ -106,14 +106,22 @@ class RewardGap(Hook):
 
     gap = Δtrain/σ_train − mean_j Δheldout_j/σ_j: progress since the first ``window`` iterations, in standard deviations
     between samples then, of running means (``decay``). trust falls from 1 at gap = tolerate to 0 at gap = refuse.
+    acts: False logs the gap and leaves s alone, which every run with held-out rewards does.
     """
 
     memory: nn.Module
 
     def __init__(
-        self, heldout: Sequence[str], *, tolerate: float, refuse: float, window: int = 50, decay: float = 0.98
+        self,
+        heldout: Sequence[str],
+        *,
+        tolerate: float,
+        refuse: float,
+        window: int = 50,
+        decay: float = 0.98,
+        acts: bool = True,
     ) -> None:
-        self.names = list(heldout)
+        self.names, self.acts = list(heldout), acts
         self.tolerate, self.refuse, self.window, self.decay = tolerate, refuse, window, decay
         zeros = torch.zeros(1 + len(self.names), dtype=torch.float64)
         self.memory = buffers(mean=zeros, deviation=zeros, now=zeros, seen=torch.zeros(1, dtype=torch.int64))
@@ -127,7 +135,7 @@ class RewardGap(Hook):
         return float(progress[0] - progress[1:].mean())
 
     def trust(self, iteration: int) -> float:
-        return falling(self.gap(), self.tolerate, self.refuse)
+        return falling(self.gap(), self.tolerate, self.refuse) if self.acts else 1.0
 
     def fake_telemetry(self, rollout: Rollout, t: Tensor, errors: Tensor, weight: Tensor) -> Telemetry:
         return {"reward_gap": self.gap(), "trust": rollout.trust}

@@ -31,7 +31,8 @@ def hooks(roles: Roles, **sections: Any) -> list[Hook]:
         "task": "distill", "name": "toy", "output": "bundles/toy", "teacher": "models/toy", "iterations": 10,
         "batch_size": 8, "student": {"learning_rate": 1e-4}, "fake": {"learning_rate": 1e-4}, "fake_warmup": 7,
     }  # fmt: skip
-    return hooks_of(parse_recipe(tree | sections), roles, object(), ("judge",))
+    recipe = parse_recipe(tree | sections)
+    return hooks_of(recipe, roles, object(), recipe.heldout_rewards)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,7 @@ def hooks(roles: Roles, **sections: Any) -> list[Hook]:
     [
         ({}, []),
         (REWARD, []),
+        ({**REWARD, "heldout_rewards": ["judge"]}, [RewardGap]),
         ({**REWARD, "adaptation": {}}, [DynamicScoreAdaptation]),
         ({**REWARD, "sharpening": {}}, [RepulsiveSharpening]),
         ({"regression": {"pairs": 4}}, [OdeRegression]),
@@ -84,5 +86,11 @@ def test_what_a_section_says_reaches_its_hook(roles: Roles) -> None:
     assert isinstance(raw, RepulsiveSharpening) and (raw.clipped, raw.group) == (False, None)
     (interval,) = hooks(roles, sub_interval={"snr_cap": None}, sampler="deterministic")
     assert isinstance(interval, SubIntervalMatching) and interval.deterministic and interval.snr_cap is None
+    (watching,) = hooks(roles, **REWARD, heldout_rewards=["judge"])
+    (acting,) = hooks(
+        roles, **REWARD, heldout_rewards=["judge"], safeguards={"reward_gap": {"tolerate": 0.1, "refuse": 0.2}}
+    )
+    assert isinstance(watching, RewardGap) and isinstance(acting, RewardGap)
+    assert (watching.acts, acting.acts, acting.tolerate, acting.refuse) == (False, True, 0.1, 0.2)
     (gan,) = hooks(roles, gan={"source": "teacher", "r1": 0.5, "ramp": 3})
     assert isinstance(gan, Adversary) and gan.network is roles.teacher and (gan.r1, gan.ramp) == (0.5, 3)

@@ -128,6 +128,8 @@ def test_the_gap_is_counted_in_deviations_between_samples() -> None:
 def test_trust_falls_between_what_is_tolerated_and_what_is_refused() -> None:
     assert [falling(v, 0.5, 1.5) for v in (-3.0, 0.5, 1.0, 1.5, 9.0)] == [1.0, 1.0, 0.5, 0.0, 0.0]
     assert gap_after([0, 0, 1], [0, 0, 0]).trust(0) == pytest.approx(0.5)
+    watching = gap_after([0, 0, 1], [0, 0, 0], acts=False)
+    assert watching.gap() == pytest.approx(1.0) and watching.trust(0) == 1.0
 
 
 def test_scores_that_are_not_finite_leave_the_gap_alone() -> None:

@@ -44,11 +44,14 @@ def test_the_loss_is_the_papers_for_flows(
         conditional, empty = (velocity(roles.teacher, x, t, c) for c in (labels, torch.full((8,), 10)))
         x_m = x + (m - t) * (empty + 2.0 * (conditional - empty))
         target = x_m + (s - m) * velocity(roles.student, x_m, m, labels)
-    direct = x + (s - t) * (rollout.eps - rollout.samples)
+    direct = x + (s - t) * velocity(roles.student, x, t, labels)
     expected = 0.5 * (((direct - target) ** 2 + 1e-6).sqrt() - 1e-3).mean()
-    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
     loss.backward()
     assert touched() == {"student"}
+    weight = roles.student.proj_out_2.weight  # the path through the middle is a target, so it has no gradient
+    (gradient,) = torch.autograd.grad(expected, weight)
+    torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_a_segment_narrower_than_its_margins_is_left_alone(roles: Roles, rolled: Callable[..., Rollout]) -> None:

@@ -83,13 +83,14 @@ def test_a_control_without_hooks_groups_its_prompts_and_logs_its_rewards(
     models: Path, tmp_path: Path, group: int
 ) -> None:
     t = trainer(models, tmp_path, *rewarded(models, group=group), f"heldout_rewards=[{models}/judge]", "iterations=2")
-    assert t.task.hooks == []
+    assert [type(hook) for hook in t.task.hooks] == [RewardGap]
     prompts = t.task._rollout(0, 0, graph=False).prompts
     assert [prompts[i] == prompts[i + 1] for i in (0, 1, 2)] == [True] * 3 or group == 1
     t.run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for line in lines:
         assert line["reward"] < 0 and line["heldout/judge"] < 0 and line["reward_not_finite"] == 0
+        assert line["reward_gap"] == 0 and line["trust"] == 1
         assert line["reward"] != line["heldout/judge"] and ("reward_group_std" in line) == (group > 1)
 
 
