@@ -158,7 +158,8 @@ def test_two_variants_are_trained_scored_and_resumed_and_a_failure_loses_neither
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = TREE["variants"] | {"broken": {"teacher": "nowhere"}}
-    arguments = [file_of(tmp_path, variants=variants, seeds=[3]), "--out", str(tmp_path / "out"), "--quiet", "--jobs", "2"]
+    places = ["--out", str(tmp_path / "out"), "--quiet"]
+    arguments = [file_of(tmp_path, variants=variants, seeds=[3]), *places, "--jobs", "2"]
     assert main(arguments) == 1
     out = tmp_path / "out" / "tiny"
     assert "broken, seed 3, 2 iterations: train ended with 2: teacher: there is no folder" in capsys.readouterr().err
@@ -169,7 +170,7 @@ def test_two_variants_are_trained_scored_and_resumed_and_a_failure_loses_neither
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/run.json")}
     assert len(stamps) == 2 and not list(out.glob("runs/*/training/student/checkpoints"))
 
-    assert main([file_of(tmp_path, seeds=[3]), "--out", str(tmp_path / "out"), "--quiet", "--resume"]) == 0
+    assert main([file_of(tmp_path, seeds=[3]), *places, "--resume"]) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/run.json")}
     again = json.loads((out / "table.json").read_text())
     assert again["measures"][0]["variants"]["AMD"] == accuracy["AMD"] and again["failures"] == []
