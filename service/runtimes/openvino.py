@@ -81,7 +81,12 @@ class OpenVinoGraph:
             "ENABLE_CPU_PINNING": False,
         }
         self._compiled: dict[tuple[tuple[int, ...], ...], Callable[[Conditioning], Any]] = {}
-        self.inputs = frozenset(entry.any_name for entry in self._read().inputs)
+        try:
+            # Read once: a file that changes on the disk later must not become half of what is served.
+            self._model = core.read_model(path)
+        except RuntimeError as error:
+            raise self._refused(error) from None
+        self.inputs = frozenset(entry.any_name for entry in self._model.inputs)
 
     def run(self, feed: Conditioning) -> list[NDArray[np.generic]]:
         shapes = {name: value.shape for name, value in feed.items()}
@@ -91,14 +96,8 @@ class OpenVinoGraph:
         results = self._compiled[key](feed)
         return [results[name] for name in self._outputs]
 
-    def _read(self) -> ov.Model:
-        try:
-            return self._core.read_model(self._path)
-        except RuntimeError as error:
-            raise self._refused(error) from None
-
     def _specialise(self, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[Conditioning], Any]:
-        model = self._read()
+        model = self._model.clone()
         try:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             time_model = take_time_out(model) if self._precision == "bfloat16" else None

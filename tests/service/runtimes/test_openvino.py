@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from distill.sampling import noise
 from service.runtimes import OnnxRuntime, RuntimeUnavailable, generate, open_runtime
 from service.runtimes import openvino as module
 from service.runtimes.base import Conditioning, Floats
-from service.runtimes.openvino import OpenVinoRuntime, has_bfloat16, take_time_out
+from service.runtimes.openvino import OpenVinoGraph, OpenVinoRuntime, has_bfloat16, take_time_out
 
 PROMPTS = ("a small red metal sphere", "a large blue rubber cube left of a green cylinder", "x")
 SEEDS = (3, 4, 5)
@@ -99,6 +100,20 @@ def test_a_seed_gives_the_same_picture_alone_and_beside_others(bfloat16: OpenVin
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
         alone = generate(bfloat16, bfloat16.manifest, [prompt], [seed], steps=2)
         np.testing.assert_array_equal(together[i], alone[0])
+
+
+def test_a_file_that_changes_after_it_was_opened_changes_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Shapes are compiled when they are first met; all of them are of the graph that was verified."""
+    file = tmp_path / "decoder.onnx"
+    bundle = Bundle.open(tiny_bundle)
+    graph = bundle.file(bundle.engine("decoder").file)
+    shutil.copyfile(graph, file)
+    latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
+    opened = OpenVinoGraph(ov.Core(), file, ("image",), 1, "float32")
+    (first,) = opened.run({"latents": latents[:1]})
+    file.write_bytes(bytes(file.stat().st_size))
+    (second,) = opened.run({"latents": latents[:2]})
+    np.testing.assert_array_equal(second[0], first[0])
 
 
 def test_results_of_a_call_outlive_the_next(float32: OpenVinoRuntime) -> None:
