@@ -32,6 +32,8 @@ from service.runtimes.base import latent_shape
 KINDS = (("onnx", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 """Runtimes and precisions; the first is the reference."""
 MAX_DB = 200.0
+_GOLDEN = 0.6180339887
+"""Multiples of it, modulo 1, are spread evenly: rows of a step stand all over the table of the sampler."""
 
 Array = NDArray[Any]
 Work = Callable[[int], Array]
@@ -89,9 +91,8 @@ def works(runtime: Runtime, bundle: Bundle, steps: int, batch: int, given: Condi
         return np.stack([noise(seed, 0, shape)[0] for seed in seeds(repeat)])
 
     def one_step(repeat: int) -> Array:
-        x, k = latents(repeat), repeat % len(table)
-        times, row = np.repeat(table.timesteps[k], batch), np.tile(table.rows[k], (batch, 1))
-        return runtime.step(x, times, row, x, given)[1]
+        x, at = latents(repeat), (np.array(seeds(repeat)) * _GOLDEN % 1 * len(table)).astype(int)
+        return runtime.step(x, table.timesteps[at], table.rows[at], x, given)[1]
 
     if manifest.max_tokens is not None:
         yield "text", lambda repeat: runtime.encode_text(prompts(bundle, batch))["prompt_embeds"]
