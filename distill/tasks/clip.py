@@ -157,7 +157,7 @@ class ClipTask:
             loss = loss + r.facts_weight * facts
         return loss, values
 
-    def _contrast(self, image: Tensor, embeds: dict[str, Tensor]) -> tuple[Tensor, Telemetry]:
+    def _contrast(self, image: Tensor, embeds: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         image = normalize(image.float(), dim=-1)
         scale = self.clip.logit_scale.exp().clamp_max(100.0)
         target = torch.arange(len(image))
