@@ -292,6 +292,7 @@ def test_noise_is_not_amplified_where_two_draws_disagree() -> None:
     matching = match(World(), roles.teacher, roles.fake, good, t, noise, guidance=2.0)
     hooks = [amd, CoherenceGate(roles, threshold=0.6, time_range=(0.4, 0.9))]
     assert torch.equal(student_weights(hooks, good, matching)[1], torch.full((200,), 0.5))
+    assert good.telemetry["coherence_gated"] == 0.0
 
 
 # --- two keys ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import distill.tasks.distillation as module
 from distill.bundle import Bundle
 from distill.config import load_recipe
+from distill.objectives.plan import Hook, Rollout
 from distill.objectives.safeguards import RewardGap
 from distill.run import main
 from distill.sampling import Flow, ode_table
@@ -143,6 +144,43 @@ def test_a_discriminator_is_a_role_with_a_phase_of_its_own(models: Path, tmp_pat
     assert torch.equal(before, nn.utils.parameters_to_vector(frozen.task.teacher.parameters()))
 
 
+@pytest.mark.parametrize("convention", ["every", "alternating"])
+def test_hooks_see_the_rollouts_of_an_iteration_once_at_its_end(models: Path, tmp_path: Path, convention: str) -> None:
+    class Watching(Hook):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, int]] = []
+
+        def after_iteration(self, rollouts: Sequence[Rollout]) -> None:
+            self.seen.append((rollouts[0].iteration, len(rollouts)))
+
+    t, hook = trainer(models, tmp_path, f"ttur={convention}", "gan={}", "accumulate=2"), Watching()
+    t.task.hooks.append(hook)
+    for _ in range(4):
+        step(t)
+    assert hook.seen == [(i, 2) for i in range(4)]
+
+
+def test_safeguards_act_on_the_advantages_of_a_run(models: Path, tmp_path: Path) -> None:
+    ramped = [*rewarded(models), "adaptation.strength=0.5", "sharpening={}", "safeguards.ramp=4"]
+    t = trainer(models, tmp_path, *ramped)
+    assert [t.task._rollout(i, 0, graph=False).trust for i in (0, 1, 3, 5, 9)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    rollout = t.task._rollout(3, 0, graph=False)
+    adaptation, sharpening, _ = t.task.hooks
+    squashed = rollout.advantage().clamp(-1, 1)
+    torch.testing.assert_close(adaptation.student_weights(rollout, t)[0], 1 + 0.25 * squashed)
+    weight = torch.exp(-0.5 * squashed).reshape(2, 4)
+    expected = (weight / weight.mean(1, keepdim=True)).flatten()
+    torch.testing.assert_close(sharpening.fake_weight(rollout, torch.zeros(8)), expected)
+
+
+def test_real_samples_are_drawn_apart_from_the_prompts(models: Path, tmp_path: Path) -> None:
+    t = trainer(models, tmp_path, "gan={}")
+    rollout = t.task._rollout(0, 0, graph=False)
+    x, condition = rollout.real()
+    assert x.shape == rollout.x.shape and condition["labels"].tolist() != list(rollout.prompts)
+    assert torch.equal(x, rollout.real()[0])  # the fake score's and the discriminator's phases see the same
+
+
 def test_each_phase_moves_its_own_role_alone_with_every_hook(models: Path, tmp_path: Path) -> None:
     t = trainer(models, tmp_path, *EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]")
     teacher = nn.utils.parameters_to_vector(t.task.teacher.parameters()).clone()
@@ -152,6 +190,7 @@ def test_each_phase_moves_its_own_role_alone_with_every_hook(models: Path, tmp_p
         loss.backward()
         graded = {r for r, m in t.task.roles.items() if any(p.grad is not None for p in m.parameters())}
         assert graded == {phase.role}
+        assert not t.task._rollouts[0].x.requires_grad  # the student's graph does not outlive its phase
         for module_ in t.task.roles.values():
             module_.zero_grad(set_to_none=True)
     assert all(p.grad is None for m in (t.task.teacher, t.task.reward) for p in m.parameters())
