@@ -1,18 +1,18 @@
 """OpenVINO on the CPU, from the same ONNX graphs: float32, or bfloat16 where the processor multiplies in it.
 
 Precision. OpenVINO computes float32 models in bfloat16 wherever it can unless told otherwise, so the precision is
-always set, and what was compiled is asked what it became. What bfloat16 does to pictures of scenes-sdxl, against ONNX
-Runtime in float32, peak signal to noise:
+always set, and what was compiled is asked what it became. What bfloat16 does to 128 pictures of scenes-sdxl at 4
+steps, peak signal to noise against ONNX Runtime in float32 (median; all pixels together), and to one core:
 
-    step      53.6, 55.1, 55.2 dB at 1, 2, 4 steps (median of 128 pictures), with the sinusoid of the timestep kept in
-              float32; with all of it in bfloat16 51.4, 52.2, 50.6 dB and no faster, hence take_time_out
-    decoder   57.8 dB and at most 3 levels of 255 everywhere; in float32 a picture of 4 steps takes 17.2 instead of
-              11.9 ms of one core, so it is bfloat16
-    text      no change that shows, and nothing to gain (0.3 ms), so it stays float32
+    step      60.8 dB (54.0); the reason to use it, 15.4 instead of 33 ms per picture
+    and time  kept in float32, see take_time_out; in bfloat16 too it is no faster and pictures lose 7 dB (15)
+    decoder   57.7 dB (57.7), at most 2 levels of 255; 10.9 instead of 15.4 ms, so it is bfloat16
+    text      no change of the median, and nothing to gain (0.2 ms), so it stays float32
     sampling  the sums p·x + q·m … and guidance are float32: OpenVINO leaves what follows the last product alone
 
-These are medians. About one seed in a hundred takes another path at 4 steps (22 dB: another picture, not a worse one),
-so reduced precision is for those whose scores agree, and float32 is the default.
+Together 56.7 dB (52.8). The mean is below the median because a few seeds in a hundred take another path and end as
+another picture, not a worse one (the worst of these 37 dB), so float32 is the default and bfloat16 for those whose
+scores agree.
 
 Shapes. One model is compiled per number of rows and size of picture, with every shape fixed, at the first call that
 needs it: with a free batch a step took 1.3 times (float32) to 1.6 times (bfloat16) as long. Each costs half a second
