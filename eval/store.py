@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from eval.metrics.base import Score
 from eval.prompts import Prompt
 
 VERSION = 1
+_PATIENCE = 30.0
+"""Seconds to wait for another process that writes."""
 _SCHEMA = """
 CREATE TABLE runs (
     id TEXT PRIMARY KEY, label TEXT NOT NULL,
@@ -86,13 +89,25 @@ class Store:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            self._db = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._enter_wal()
             self._db.execute("PRAGMA foreign_keys = ON")
             self._migrate()
         except (sqlite3.DatabaseError, OSError) as error:
             raise EvalError(f"{self.path} cannot be used as a store: {error}; give another --store") from None
+
+    def _enter_wal(self) -> None:
+        """Two processes that make one new file: SQLite refuses the later switch at once instead of waiting for it."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _migrate(self) -> None:
         with self._transaction():

@@ -6,8 +6,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -131,6 +133,19 @@ def test_two_writers_do_not_disturb_each_other(tmp_path: Path, prompts: list[Pro
         two.complete(second, prompts, [a_score([2.0] * 4)])
         one.complete(first, prompts, [a_score([1.0] * 4)])
         assert [row["id"] for row in two.runs()] == [first, second]
+
+
+def test_a_new_store_can_be_opened_by_several_at_once(tmp_path: Path) -> None:
+    def open_one(path: Path) -> None:
+        ready.wait()
+        with Store(path):
+            pass
+
+    ready = Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            for _ in pool.map(open_one, [tmp_path / f"{number}.sqlite"] * 4):
+                pass
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
