@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 
 from distill.objectives import options
 from distill.strict import Decay, Fraction, Steps, Strict
+from distill.telemetry.options import Probing
 
 
 class RecipeError(ValueError):
@@ -236,6 +237,7 @@ class DistillRecipe(Base):
     first_step_anchor: options.FirstStepAnchor | None = None
     divergence: options.Divergence | None = None
     heldout_rewards: tuple[str, ...] = ()
+    telemetry: Probing = Probing()
 
     @model_validator(mode="after")
     def _coherent(self) -> DistillRecipe:

@@ -20,24 +20,23 @@ import os
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.bundle import sha256
 from distill.config import Base, Optimizer
+from distill.telemetry.sink import Sink, Total, Value
 
 log = logging.getLogger(__name__)
-Telemetry = Mapping[str, Tensor | float]
+Telemetry = Mapping[str, Value]
 
 
 class TrainingError(RuntimeError):
@@ -74,6 +73,17 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Probed(Protocol):
+    """A task that can measure its present weights in ways too dear for each iteration."""
+
+    probe_every: int | None
+
+    def probe(self, folder: Path, iteration: int) -> Telemetry:
+        """Telemetry of the present weights; may keep files in ``folder``. Draws nothing that training draws."""
+        ...
+
+
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator that depends on its key alone, such as (seed, iteration, micro, "noise")."""
     words = [int.from_bytes(k.encode()[:8], "little") if isinstance(k, str) else int(k) for k in key]
@@ -102,7 +112,7 @@ class Trainer:
     def run(self) -> bool:
         recipe: Base = self.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
-        sink = _Sink(self.folder, self.iteration)
+        sink = Sink(self.folder, self.iteration)
         bar = tqdm(total=recipe.iterations, initial=self.iteration, desc=recipe.name, unit="it", disable=self.quiet)
         with self._signals(), contextlib.closing(sink), contextlib.closing(bar):
             while self.iteration < recipe.iterations:
@@ -110,6 +120,8 @@ class Trainer:
                 self.iteration += 1
                 bar.update()
                 sink.add(telemetry)
+                if self._probes():
+                    sink.add({name: [value] for name, value in self._probe().items()})
                 last = self.iteration == recipe.iterations
                 if self.iteration % recipe.log_every == 0 or last:
                     bar.set_postfix(sink.flush(self.iteration, recipe.batch_size))
@@ -129,10 +141,28 @@ class Trainer:
             self.task.finish(output)
         return True
 
-    def _step(self) -> dict[str, list[Tensor | float]]:
+    def _probes(self) -> bool:
+        every = self.task.probe_every if isinstance(self.task, Probed) else None
+        return every is not None and self.iteration % every == 0
+
+    def _probe(self) -> Telemetry:
+        assert isinstance(self.task, Probed)
+        began, modes = time.process_time(), {m: m.training for m in self.task.roles.values()}
+        for module in modes:
+            module.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):  # a network's own dropout must not move training's stream
+                telemetry = self.task.probe(self.folder / "probes", self.iteration)
+        finally:
+            for module, mode in modes.items():
+                module.train(mode)
+        return {**telemetry, "cpu_seconds/probe": Total(time.process_time() - began)}
+
+    def _step(self) -> dict[str, list[Value]]:
         """One iteration; telemetry as one value per micro-batch."""
-        telemetry: dict[str, list[Tensor | float]] = {}
+        telemetry: dict[str, list[Value]] = {}
         for phase in self.task.phases(self.iteration):
+            began = time.process_time()
             optimizer, settings = self.optimizers[phase.role], self.task.optimizers[phase.role]
             rate = settings.learning_rate * schedule(settings, self.iteration, self.recipe.iterations)
             for group in optimizer.param_groups:
@@ -153,6 +183,7 @@ class Trainer:
                 self._average(phase.role)
             if phase.after is not None:
                 phase.after()
+            telemetry[f"cpu_seconds/{phase.role}"] = [Total(time.process_time() - began)]
         return telemetry
 
     def _not_finite(self, role: str) -> TrainingError:
@@ -317,54 +348,3 @@ def _put(tensors: dict[str, Tensor], prefix: str, values: Mapping[str, Tensor]) 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix + "/"): v for k, v in tensors.items() if k.startswith(prefix + "/")}
-
-
-class _Sink:
-    """Means of the telemetry per interval: log.jsonl, TensorBoard and the progress bar; pictures as PNG."""
-
-    def __init__(self, folder: Path, iteration: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TensorBoard's own deprecations on import
-            from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.file = (folder / "log.jsonl").open("a")
-        self.values: dict[str, list[Tensor | float]] = {}
-        self.since, self.start = iteration, time.monotonic()
-
-    def add(self, telemetry: Mapping[str, list[Tensor | float]]) -> None:
-        for name, values in telemetry.items():
-            self.values.setdefault(name, []).extend(values)
-
-    def flush(self, iteration: int, batch_size: int) -> dict[str, str]:
-        means = {name: float(np.mean([float(v) for v in values])) for name, values in self.values.items()}
-        elapsed = time.monotonic() - self.start
-        means["samples_per_second"] = (iteration - self.since) * batch_size / max(elapsed, 1e-9)
-        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
-        self.file.write(json.dumps({"iteration": iteration, "time": time.time(), **finite}) + "\n")
-        self.file.flush()
-        for name, value in means.items():
-            self.writer.add_scalar(name, value, iteration)
-        self.values, self.since, self.start = {}, iteration, time.monotonic()
-        return {k: f"{v:.4g}" for k, v in means.items() if k.endswith("loss")}
-
-    def picture(self, iteration: int, images: Tensor) -> None:
-        path = self.folder / "previews" / f"{iteration:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet = grid(images)
-        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path)
-        self.writer.add_image("preview", sheet, iteration)
-
-    def close(self) -> None:
-        self.file.close()
-        self.writer.close()
-
-
-def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """(N, C, H, W) uint8 to one (3, rows·H, columns·W) picture; missing cells are black, gray becomes RGB."""
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    cells = torch.zeros(rows * columns, 3, h, w, dtype=torch.uint8)
-    cells[:n] = images.expand(n, 3, h, w) if c == 1 else images
-    return cells.view(rows, columns, 3, h, w).permute(2, 0, 3, 1, 4).reshape(3, rows * h, columns * w)

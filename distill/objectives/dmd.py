@@ -50,8 +50,9 @@ def student_loss(
         "ca_norm": ca_.norm(dim=1).mean(),
         "dm_ca_cos": cosine_similarity(dm, ca_).mean(),
         "normaliser": matching.scale.mean(),
-        "alpha": alpha.mean(),
-        "beta": beta.mean(),
+        "alpha": alpha,
+        "beta": beta,
+        "omega": 1.0 + alpha / beta.clamp_min(1e-6) * (guidance - 1.0),
         "x_std": rollout.samples.std(),
     }
     for hook in hooks:
@@ -115,10 +116,22 @@ def fake_loss(
     for extra in (hook.extra_fake_loss(rollout) for hook in hooks):
         if extra is not None:
             loss = loss + extra
-    telemetry: Telemetry = {"fake_error": errors.mean().detach(), "w_ess": math.effective_sample_size(weight)}
+    telemetry: Telemetry = {
+        "fake_error": errors.mean().detach(),
+        "w": weight,
+        "w_ess": math.effective_sample_size(weight),
+        **by_noise("fake_error", errors.detach(), t / family.schedule.t_max),
+    }
     for hook in hooks:
         telemetry |= hook.fake_telemetry(rollout, t, errors.detach(), weight)
     return loss, telemetry
+
+
+def by_noise(name: str, values: Tensor, fraction: Tensor, bins: int = 5) -> Telemetry:
+    """Means of values (B,) in equal bins of the time axis, by ``name/t0.2-0.4``; bins without a sample are left out."""
+    bin_of = (fraction * bins).long().clamp(0, bins - 1)
+    edges = [round(i / bins, 2) for i in range(bins + 1)]
+    return {f"{name}/t{edges[i]:g}-{edges[i + 1]:g}": values[bin_of == i].mean() for i in bin_of.unique().tolist()}
 
 
 def native(family: Any, prediction: Prediction) -> Tensor:

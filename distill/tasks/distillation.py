@@ -23,18 +23,24 @@ from distill.config import DistillRecipe
 from distill.families.base import Condition, coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
-from distill.math import add_noise, group_advantage
+from distill.math import add_noise, group_advantage, squash
 from distill.objectives.build import hooks_of
 from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Part, Roles, Rollout, claimed_times, fraction_of, trust
+from distill.objectives.safeguards import group_diversity
 from distill.provenance import provenance
 from distill.rewards import load_reward
 from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, freeze, to_uint8
 from distill.tasks.diffusion import draw_times, sample
 from distill.tasks.samples import samples_for
+from distill.telemetry.counters import Passes
+from distill.telemetry.probe import LOW, Probe, Sources
 from distill.trainer import Phase, Telemetry, generator, seeded
+
+PROBE = 1 << 20
+"""The micro-batch whose prompts are the probe's: training never draws it."""
 
 
 class DistillationTask:
@@ -65,6 +71,9 @@ class DistillationTask:
         if memories:  # in the checkpoint, but not in the student's bundle
             self.roles["fake"] = nn.ModuleDict({"network": self.fake, **memories})
         self._rollouts: dict[int, Rollout] = {}
+        self.passes = Passes({"teacher": self.teacher, **self.roles, "fake": self.fake})
+        self.probe_every = recipe.telemetry.every
+        self._probe: Probe | None = None
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 
@@ -104,7 +113,7 @@ class DistillationTask:
                 self.family, self.teacher, self.fake, rollout, t, noise, guidance=r.guidance, hooks=self.hooks, ca=ca
             )
         rollout.x = rollout.x.detach()  # the fake's phase re-uses the sample, not its graph
-        return loss, telemetry | rollout.telemetry
+        return loss, self._told(telemetry, rollout)
 
     def _fake(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
@@ -114,12 +123,17 @@ class DistillationTask:
         with autocast(r.precision):
             t, noise = self._renoise(rollout, "fake", rng, (0.0, 1.0))
             loss, telemetry = fake_loss(self.family, self.fake, rollout, t, noise, hooks=self.hooks)
-        return loss, telemetry | rollout.telemetry
+        return loss, self._told(telemetry, rollout)
 
     def _discriminator(self, micro: int) -> tuple[Tensor, Telemetry]:
         assert self.adversary is not None
         with autocast(self.recipe.precision):
             return self.adversary.discriminator_loss(self._rollouts[self._own(micro)])
+
+    def _told(self, telemetry: Telemetry, rollout: Rollout) -> Telemetry:
+        """A phase's telemetry with the rollout's own, which is told once, and the passes since the last."""
+        own, rollout.telemetry = rollout.telemetry, {}
+        return {**telemetry, **own, **self.passes.take()}
 
     def _own(self, micro: int) -> int:
         """The key of the rollout that the fake score learns from in a micro-batch."""
@@ -205,6 +219,7 @@ class DistillationTask:
             raise ValueError("this recipe has no reward; add advantage.reward")
         with autocast(self.recipe.precision):
             images = to_uint8(self.family.decode(rollout.samples))
+        self.passes.count("reward", len(images))
         scores = self.reward.score(images, rollout.prompts).float()
         finite = scores.isfinite()
         rewards = torch.where(finite, scores, torch.nan)
@@ -228,16 +243,58 @@ class DistillationTask:
         for hook in self.hooks:
             advantage = hook.judge(rollout, advantage)
         rollout.advantage = lambda: advantage
+        squashed = squash(advantage, settings.squash, settings.bound)
         rollout.telemetry |= {
+            "advantage": squashed,
+            "zone/low_reward": (squashed < -LOW).float().mean(),
             "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
             "advantage_clipped": (advantage.abs() > settings.bound).float().mean(),
         }
+        if rollout.index == rollout.steps - 1:  # earlier steps are blurred
+            rollout.telemetry["diversity"] = group_diversity(rollout.samples, settings.group).mean()
 
     # --- results ---------------------------------------------------------------------------------------------------
+
+    def probe(self, folder: Path, iteration: int) -> Telemetry:
+        """The forbidden zone at the present weights (distill.telemetry.probe)."""
+        if self._probe is None:
+            self._probe = self._new_probe()
+        with self.passes.uncounted(), autocast(self.recipe.precision):
+            return self._probe.measure(folder, iteration)
+
+    def _new_probe(self) -> Probe:
+        r, options = self.recipe, self.recipe.telemetry
+        prompts = self.samples.conditions(0, PROBE, options.prompts)
+        prompts = [prompt for prompt in prompts for _ in range(options.samples)]
+        condition, seeds = self.family.encode(prompts), list(range(len(prompts)))
+
+        def draw(network: nn.Module, table: Any, guidance: float) -> Tensor:
+            return sample(self.family, network, table, condition, seeds, guidance).float()
+
+        def scores(x: Tensor) -> dict[str, Tensor]:
+            if self.reward is None:
+                return {}
+            images = to_uint8(self.family.decode(x))
+            judges = {"reward": self.reward, **{f"heldout/{judge.name}": judge for judge in self.heldout}}
+            return {name: judge.score(images, prompts).float() for name, judge in judges.items()}
+
+        teacher = ode_table(self.family.schedule, self.family.prediction, options.teacher_steps)
+        sources = Sources(
+            condition,
+            student=lambda: draw(self.student, self._table(max(r.steps)), 1.0),
+            teacher=lambda: draw(self.teacher, teacher, r.guidance),
+            scores=scores,
+        )
+        roles = Roles(self.family, self.teacher, self.student, self.fake)
+        return Probe(roles, sources, options, seed=r.seed, sigma_floor=r.advantage.sigma_floor if r.advantage else 0.0)
 
     @torch.no_grad()
     def preview(self) -> Tensor:
         """One row of pictures per number of steps."""
+        with self.passes.uncounted():
+            return self._preview()
+
+    def _preview(self) -> Tensor:
         conditions = self.samples.preview_conditions()
         encoded, pictures = self.family.encode(conditions), []
         for steps in self.recipe.steps:

@@ -25,7 +25,8 @@ from distill.config import Base, Optimizer, load_recipe
 from distill.objectives.plan import Hook
 from distill.run import main
 from distill.tasks.distillation import DistillationTask
-from distill.trainer import Phase, Trainer, TrainingError, generator, grid, schedule
+from distill.telemetry.sink import grid
+from distill.trainer import Phase, Trainer, TrainingError, generator, schedule
 
 ROOT = Path(__file__).parents[2]
 

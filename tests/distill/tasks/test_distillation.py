@@ -340,3 +340,81 @@ def test_a_deterministic_student_is_sampled_as_it_was_trained(models: Path, tmp_
     table = ode_table(Flow(), "flow", 4)
     sampler = Bundle.open(tmp_path / "out").manifest.samplers[4]
     assert [tuple(row) for row in sampler.rows] == [pytest.approx(tuple(row)) for row in table.rows.tolist()]
+
+
+# --- telemetry -----------------------------------------------------------------------------------------------------
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "time" and "second" not in k} for line in lines]
+
+
+PROBED = "telemetry={every: 2, prompts: 2, samples: 2, teacher_steps: 2}"
+
+
+def test_telemetry_changes_no_weight(models: Path, tmp_path: Path) -> None:
+    """With probes and without, with every hook: the same weights, averages and moments, and the same random stream."""
+    more = [*EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]"]
+    runs = [trainer(models, tmp_path / str(i), *more, probes) for i, probes in enumerate((PROBED, "telemetry.every="))]
+    streams = []
+    for t in runs:
+        torch.manual_seed(3)
+        t.run()
+        streams.append(torch.get_rng_state())
+    probed, plain = (t._tensors() for t in runs)
+    assert probed.keys() == plain.keys() and [n for n in plain if not torch.equal(probed[n], plain[n])] == []
+    assert torch.equal(*streams)
+    assert sorted(p.name for p in (tmp_path / "0/probes").iterdir())[:3] == [
+        "0000002.json",
+        "0000004.json",
+        "0000006.json",
+    ]
+    assert not (tmp_path / "1/probes").exists()
+    with_probes, without = logged(tmp_path / "0"), logged(tmp_path / "1")
+    assert [{k: v for k, v in a.items() if k in b} for a, b in zip(with_probes, without, strict=True)] == without
+
+
+def test_a_resumed_log_equals_an_uninterrupted_one(models: Path, tmp_path: Path) -> None:
+    more = [*rewarded(models), "adaptation={}", "sharpening={}", PROBED]
+    assert trainer(models, tmp_path / "whole", *more).run()
+    stopped = trainer(models, tmp_path / "parts", *more)
+    phases = stopped.task.phases
+
+    def stopping(iteration: int) -> Any:
+        stopped._stop = 2 if iteration == 2 else None
+        return phases(iteration)
+
+    stopped.task.phases = stopping
+    assert not stopped.run()
+    resumed = trainer(models, tmp_path / "parts", *more)
+    assert resumed.resume() == 3 and resumed.run()
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert any("zone/entered" in line or "zone/escaped" in line for line in logged(tmp_path / "parts")[3:])
+
+
+def test_a_log_tells_of_weights_noise_levels_passes_and_the_zone(models: Path, tmp_path: Path) -> None:
+    more = [*rewarded(models), "adaptation.strength=0.5", "sharpening={}", "guidance=3", PROBED, "fake_warmup=0"]
+    trainer(models, tmp_path, *more, "iterations=2", "log_every=2", "fake_per_student=2").run()
+    (line,) = logged(tmp_path)
+    assert {"advantage", "alpha", "beta", "omega", "w"} == line["histograms"].keys()
+    assert sum(line["histograms"]["w"][2]) == 16 and sum(line["histograms"]["alpha"][2]) == 8
+    low, high, _ = line["histograms"]["alpha"]
+    for mean, edges in ((line["alpha"], (0.5, 1.5)), (line["w"], (0.0, 4.0))):
+        assert edges[0] <= mean <= edges[1]
+    assert line["histograms"]["omega"][:2] == [pytest.approx(1 + 2 * a / (2 - a)) for a in (low, high)]
+    bins = [value for name, value in line.items() if name.startswith("fake_error/t")]
+    assert len(bins) >= 3 and min(bins) < line["fake_error"] < max(bins)
+    # rows: the student's rollouts of 1 or 2 steps, both guided halves of the teacher, the fake in both phases
+    assert line["forwards/teacher"] == 16 and line["forwards/fake"] == 24 and line["forwards/reward"] == 16
+    assert line["forwards/student"] in (16, 24, 32)
+    assert {
+        "zone/share",
+        "zone/lost",
+        "zone/flat",
+        "probe/diversity",
+        "probe/alignment",
+        "zone/low_reward",
+    } <= line.keys()
+    assert 0 <= line["zone/low_reward"] <= 1
