@@ -1,21 +1,25 @@
-"""The engine: one thread per model that steps a batch of pictures.
+"""The engine: what computes on one device, as a pipeline of three threads.
 
-The unit is a row, one picture at one step, not a request. Between two denoising steps the engine drops rows whose
-client has gone, fills free places from the queue, and then advances every live row by one step, wherever it stands;
-so a one-step request that arrives late leaves early, and rows of different step counts share a batch.
+    submit ─► text ─► denoise ─► decode ─► Future[Picture]      (files are made elsewhere, see service.encode)
 
-    engine = Engine("scenes-sdxl", runtime, manifest, max_batch=8, max_queue=64)
-    rows = engine.submit("a red cube", seeds=[7, 8], steps=4, size=(64, 64), tag="request id")
+Each thread is the only one that calls its graph, so the text of the next rows and the pixels of the last ones are
+computed while a batch is denoised. The unit is a row, one picture, not a request: before every denoising step the
+scheduler says which rows advance, wherever they stand, and rows whose client has gone or whose deadline has passed
+leave. A failing row fails alone; when memory runs out the batch is halved, once, and stays halved.
+
+    engine = Engine("cpu", max_queue=64)
+    engine.add("scenes-sdxl", runtime, manifest)
+    rows = engine.submit(Order("scenes-sdxl", "a red cube", seeds=(7, 8), steps=4, size=(64, 64)))
     picture = rows[0].result(timeout=10)          # a concurrent.futures.Future[Picture]; cancel() gives the row up
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -24,30 +28,66 @@ import numpy as np
 from distill.bundle import Manifest
 from distill.sampling import Table, noise
 from service import metrics
+from service.budget import BatchKey, Budget
+from service.cache import ByteCache
 from service.runtimes.base import Conditioning, Floats, Images, Runtime, latent_shape, stack
+from service.scheduler import Forecast, Job, Priority, Scheduler
 
 logger = logging.getLogger(__name__)
 
-PROMPT_CACHE_ENTRIES = 64
-EASE = 0.2
-"""Weight of the newest measurement in the moving average of seconds per row and step."""
+MEMORY_WORDS = ("out of memory", "failed to allocate", "bad_alloc", "bad allocation")
+"""How runtimes say that memory ran out; they have no common class for it."""
 
 
 class QueueFull(Exception):
-    """No place in the queue: how many pictures wait and in how many seconds there should be one."""
+    """No place in the queue: how many pictures wait, in how many seconds there should be one, whose limit it is."""
 
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
+    def __init__(self, waiting: int, retry_after_s: float, *, of_owner: bool = False) -> None:
         super().__init__(f"{waiting} pictures wait")
-        self.waiting, self.retry_after_s = waiting, retry_after_s
+        self.waiting, self.retry_after_s, self.of_owner = waiting, retry_after_s, of_owner
+
+
+class DeadlineExceeded(Exception):
+    """The picture cannot be, or was not, ready by its deadline; ``needed_s`` is how long it would have taken."""
+
+    def __init__(self, needed_s: float) -> None:
+        super().__init__(f"{needed_s:.3f} s are needed")
+        self.needed_s = needed_s
+
+
+class OutOfMemory(Exception):
+    """Memory ran out, and again with half the rows."""
 
 
 class EngineClosed(Exception):
-    """The engine takes no more work: it is shutting down or its thread has died."""
+    """The engine takes no more work: it is shutting down or one of its threads has died."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one request wants: a picture per seed."""
+
+    model: str
+    prompt: str
+    seeds: tuple[int, ...]
+    steps: int
+    size: tuple[int, int]
+    tag: str = ""
+    """The request's id, for the log."""
+    owner: str = ""
+    """Who asks, for fairness and limits; see service.edge."""
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+    """From now on."""
+    cache: bool = True
+    """Whether the encoded prompt may come from the cache and stay in it."""
+    on_step: Callable[[int, int, Floats], None] | None = None
+    """Called on the denoising thread with (index of the seed, steps done, x0 (C, h, w)) after each step; be quick."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage."""
+    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage; queue_ms is every wait between stages."""
 
     pixels: Images
     seed: int
@@ -56,223 +96,426 @@ class Picture:
     denoise_ms: float
     decode_ms: float
     largest_batch: int
+    prompt_cache: str
+    """hit, miss or off."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Served:
+    """One model on the device."""
+
+    runtime: Runtime
+    manifest: Manifest
+    tables: dict[int, Table]
+    keys: dict[tuple[int, int], BatchKey]
+    """By size of picture."""
+
+
+@dataclass(eq=False)
 class Row:
-    """One picture on its way: after ``done`` steps its latents are ``latents`` (1, C, h, w)."""
+    """One picture on its way: after ``job.done`` steps its latents are ``latents`` (1, C, h, w)."""
 
-    prompt: str
-    seed: int
+    order: Order
+    index: int
     table: Table
-    shape: tuple[int, int, int]
-    tag: str
+    job: Job
     future: Future[Picture] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.perf_counter)
-    queue_ms: float = 0.0
     encode_text_ms: float = 0.0
     denoise_ms: float = 0.0
     largest_batch: int = 0
-    done: int = 0
+    prompt_cache: str = "off"
     latents: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     draws: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     conditioning: Conditioning = field(default_factory=dict)
 
     @property
-    def remaining(self) -> int:
-        return len(self.table) - self.done
+    def seed(self) -> int:
+        return self.order.seeds[self.index]
 
-    def start(self, conditioning: Conditioning, encode_text_ms: float) -> None:
+    def start(self) -> None:
         """Draw all noise and set the first latents."""
-        self.draws = noise(self.seed, 0, self.shape, draws=len(self.table))
+        self.draws = noise(self.seed, 0, self.job.key.shape, draws=len(self.table))
         self.latents = self.draws[:1]
-        self.conditioning, self.encode_text_ms = conditioning, encode_text_ms
 
     def fresh_noise(self) -> Floats:
         """Noise (1, C, h, w) that enters after the current step; nothing enters after the last one."""
-        k = self.done + 1
+        k = self.job.done + 1
         return self.draws[k : k + 1] if k < len(self.draws) else np.zeros_like(self.latents)
 
-    def fail(self, error: Exception) -> None:
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+    def settle(self, outcome: Picture | Exception) -> None:
+        """Tell the waiter, unless it has gone. Only whoever took the row out of the engine's table may call this."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
 
 
 class Engine:
-    """Owns a runtime: only the engine's thread calls it."""
+    """Owns the runtimes of one device: only the engine's threads call them."""
 
-    def __init__(self, name: str, runtime: Runtime, manifest: Manifest, *, max_batch: int, max_queue: int) -> None:
-        self.name = name
-        self._runtime, self._manifest = runtime, manifest
-        self._max_batch, self._max_queue = max_batch, max_queue
-        self._tables = {steps: sampler.table() for steps, sampler in manifest.samplers.items()}
-        self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+    def __init__(
+        self,
+        device: str,
+        *,
+        max_queue: int,
+        max_queue_s: float = float("inf"),
+        max_owner_rows: int | None = None,
+        prompt_cache_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device, self.budget = device, Budget()
+        self.scheduler = Scheduler(self.budget)
+        self._served: dict[str, Served] = {}
+        self._max_queue, self._max_queue_s, self._max_owner_rows = max_queue, max_queue_s, max_owner_rows
+        self._clock = clock
+        self._prompts: ByteCache[Conditioning] = ByteCache(prompt_cache_bytes)
+        self._rows: dict[Job, Row] = {}
+        """Every row until it is delivered; the scheduler knows those that have steps left."""
         self._wake = threading.Condition()
-        self._waiting: deque[Row] = deque()
-        self._live: list[Row] = []
+        self._texts: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._closing = False
-        self._row_step_s = runtime.capabilities.step_ms[-1] / runtime.capabilities.batch_sizes[-1] / 1e3
-        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(loop,), name=f"{name}-{device}", daemon=True)
+            for name, loop in (("text", self._text), ("denoise", self._denoise), ("decode", self._decode))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
-    def submit(
-        self, prompt: str, seeds: Sequence[int], steps: int, size: tuple[int, int], tag: str
-    ) -> list[Future[Picture]]:
-        """Queue one row per seed, all or none. Raises QueueFull and EngineClosed; KeyError for unknown steps."""
-        shape = latent_shape(self._manifest, size)
-        rows = [Row(prompt, seed, self._tables[steps], shape, tag) for seed in seeds]
+    def add(self, name: str, runtime: Runtime, manifest: Manifest) -> None:
+        """Serve a model, after measuring what it costs here for every size of picture."""
+        able = runtime.capabilities
+        keys = {
+            size: BatchKey(name, able.runtime, latent_shape(manifest, size), manifest.guidance.scale)
+            for size in manifest.sizes
+        }
+        tables = {steps: sampler.table() for steps, sampler in manifest.samplers.items()}
+        served = Served(runtime, manifest, tables, keys)
+        with self._wake:
+            for key in keys.values():
+                self.budget.know(key, able.batch_sizes)
+        warm_up(self.budget, served)
+        self._served[name] = served
+
+    def submit(self, order: Order) -> list[Future[Picture]]:
+        """Queue one row per seed, all or none.
+
+        Raises QueueFull, DeadlineExceeded when the deadline cannot be met, EngineClosed; KeyError for an unknown model,
+        size or number of steps.
+        """
+        rows = self._rows_of(order)
         with self._wake:
             if self._closing or not self.alive:
-                raise EngineClosed(f"{self.name} takes no more requests")
-            self._waiting = deque(self._without_cancelled(self._waiting))
-            if len(self._waiting) + len(rows) > self._max_queue:
-                raise QueueFull(len(self._waiting), self._work_ahead_s())
-            self._waiting.extend(rows)
-            metrics.QUEUED.labels(self.name).set(len(self._waiting))
-            self._wake.notify()
+                raise EngineClosed(f"the engine of {order.model} takes no more requests")
+            self._sweep()
+            self._check_room(order.owner, len(rows))
+            if order.deadline_s is not None:
+                needed = self.scheduler.forecast(self._clock(), [row.job for row in rows]).seconds
+                if needed > order.deadline_s:
+                    raise DeadlineExceeded(needed)
+            for row in rows:
+                self.scheduler.add(row.job)
+                self._rows[row.job] = row
+            self._show()
+        for row in rows:
+            self._texts.put(row)
         return [row.future for row in rows]
 
+    def forecast(self, order: Order) -> Forecast:
+        """When an order would be done, and how many pictures would begin before it, if nothing else came.
+
+        Raises QueueFull if it would not be taken.
+        """
+        rows = self._rows_of(order)
+        with self._wake:
+            self._check_room(order.owner, len(rows))
+            return self.scheduler.forecast(self._clock(), [row.job for row in rows])
+
+    def outlook(self, futures: list[Future[Picture]]) -> Forecast:
+        """The same for rows that were submitted; those that are denoised already count no more."""
+        with self._wake:
+            jobs = [job for job, row in self._rows.items() if row.future in futures and job.remaining > 0]
+            return self.scheduler.forecast(self._clock(), jobs) if jobs else Forecast(0.0, 0)
+
+    def load(self) -> tuple[int, int, float]:
+        """(pictures that wait, pictures that have begun, seconds of compute that they need)."""
+        with self._wake:
+            waiting = self.scheduler.waiting()
+            return waiting, len(self.scheduler) - waiting, self.scheduler.work_s()
+
     def close(self, timeout_s: float = 30.0) -> None:
-        """Refuse new work, finish what is queued, and wait for the thread."""
+        """Refuse new work, finish what is queued, and wait for the threads."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
-        self._thread.join(timeout_s)
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_s)
 
-    def _run(self) -> None:
+    def _rows_of(self, order: Order) -> list[Row]:
+        served, now = self._served[order.model], self._clock()
+        key, table = served.keys[order.size], served.tables[order.steps]
+        deadline = float("inf") if order.deadline_s is None else now + order.deadline_s
+        rows = []
+        for index in range(len(order.seeds)):
+            job = self.scheduler.new(
+                key, order.steps, now, owner=order.owner, deadline=deadline, priority=order.priority, ready=False
+            )
+            rows.append(Row(order, index, table, job))
+        return rows
+
+    def _check_room(self, owner: str, rows: int) -> None:
+        waiting = self.scheduler.waiting()
+        excess = waiting + rows - self._max_queue
+        if excess > 0:
+            raise QueueFull(waiting, self.scheduler.room_s(excess))
+        if waiting and (work_s := self.scheduler.work_s()) > self._max_queue_s:
+            raise QueueFull(waiting, work_s - self._max_queue_s)
+        held = self.scheduler.held(owner)
+        if self._max_owner_rows is not None and held + rows > self._max_owner_rows:
+            raise QueueFull(held, self.scheduler.room_s(rows), of_owner=True)
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        """Run one thread; if it dies every row fails now, and every later request at once."""
         try:
-            while self._admit():
-                self._step_all()
+            loop()
         except Exception:
-            logger.exception("engine %s died; every request to it fails from now on", self.name)
-        finally:
+            logger.exception("a thread of engine %s died; every request to it fails from now on", self.device)
             with self._wake:
                 self._closing = True
-                for row in [*self._live, *self._waiting]:
-                    row.fail(EngineClosed(f"the engine of {self.name} has stopped"))
-                self._live.clear()
-                self._waiting.clear()
+                for row in list(self._rows.values()):
+                    if self._take(row):
+                        row.settle(EngineClosed(f"the engine of {row.order.model} has stopped"))
+                self._wake.notify_all()
+        finally:
+            self._texts.put(None)
+            self._finished.put(None)
 
-    def _admit(self) -> bool:
-        """Wait for work and fill the free places. False: closing and nothing is left."""
-        with self._wake:
-            while not (self._live or self._waiting):
-                if self._closing:
-                    return False
-                self._wake.wait()
-            self._live = self._without_cancelled(self._live)
-            self._waiting = deque(self._without_cancelled(self._waiting))
-            free = self._max_batch - len(self._live)
-            new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-            metrics.QUEUED.labels(self.name).set(len(self._waiting))
-        for row in new:
-            self._start(row)
-        metrics.RUNNING.labels(self.name).set(len(self._live))
-        return True
+    def _text(self) -> None:
+        """Thread: encode prompts in the order of arrival."""
+        while (row := self._texts.get()) is not None:
+            if self._gone(row):
+                continue
+            start = time.perf_counter()
+            try:
+                row.conditioning = self._encode(row)
+                row.start()
+            except Exception as error:
+                self._fail(row, error)
+                continue
+            row.encode_text_ms = (time.perf_counter() - start) * 1e3
+            metrics.stage(row.order.model, "encode_text", row.encode_text_ms)
+            with self._wake:
+                if row.prompt_cache != "hit":
+                    self.budget.observe_text(row.order.model, row.encode_text_ms / 1e3)
+                row.job.ready = True
+                self._wake.notify_all()
 
-    def _without_cancelled(self, rows: Iterable[Row]) -> list[Row]:
-        kept, gone = [], 0
-        for row in rows:
-            if row.future.cancelled():
-                gone += 1
-            else:
-                kept.append(row)
-        metrics.CANCELLED.labels(self.name).inc(gone)
-        return kept
-
-    def _start(self, row: Row) -> None:
-        """Encode the prompt (or find it in the cache) and let the row live; a failure is this row's alone."""
-        start = time.perf_counter()
-        row.queue_ms = (start - row.submitted) * 1e3
-        metrics.QUEUE_SECONDS.labels(self.name).observe(row.queue_ms / 1e3)
-        try:
-            row.start(self._encode(row.prompt), 0.0)
-        except Exception as error:
-            self._fail(row, error)
-            return
-        row.encode_text_ms = (time.perf_counter() - start) * 1e3
-        metrics.stage(self.name, "encode_text", row.encode_text_ms)
-        self._live.append(row)
-
-    def _encode(self, prompt: str) -> Conditioning:
-        found = self._prompts.get(prompt)
-        metrics.PROMPT_CACHE.labels(self.name, "miss" if found is None else "hit").inc()
+    def _encode(self, row: Row) -> Conditioning:
+        order = row.order
+        runtime = self._served[order.model].runtime
+        if not order.cache:
+            return runtime.encode_text([order.prompt])
+        found = self._prompts.get((order.model, order.prompt))
+        row.prompt_cache = "miss" if found is None else "hit"
+        metrics.CACHE.labels(order.model, "prompt", row.prompt_cache).inc()
         if found is None:
-            found = self._prompts[prompt] = self._runtime.encode_text([prompt])
-            if len(self._prompts) > PROMPT_CACHE_ENTRIES:
-                self._prompts.popitem(last=False)
-        self._prompts.move_to_end(prompt)
+            found = runtime.encode_text([order.prompt])
+            size = sum(array.nbytes for array in found.values()) + len(order.prompt)
+            self._prompts.put((order.model, order.prompt), found, size)
         return found
 
-    def _step_all(self) -> None:
-        """One denoising step of every live row, one call per picture size; finished rows are decoded and leave."""
-        for shape in {row.shape for row in self._live}:
-            self._step([row for row in self._live if row.shape == shape])
-        finished = [row for row in self._live if row.remaining == 0]
-        self._live = [row for row in self._live if row.remaining > 0 and not row.future.done()]
-        for row in finished:
-            self._finish(row)
-        metrics.RUNNING.labels(self.name).set(len(self._live))
-
-    def _step(self, rows: list[Row]) -> None:
-        start = time.perf_counter()
-        try:
-            advanced, _ = self._runtime.step(
-                np.concatenate([row.latents for row in rows]),
-                np.array([row.table.timesteps[row.done] for row in rows], dtype=np.float32),
-                np.stack([row.table.rows[row.done] for row in rows]),
-                np.concatenate([row.fresh_noise() for row in rows]),
-                stack([row.conditioning for row in rows]),
-            )
-        except Exception as error:
-            if len(rows) == 1:
-                self._fail(rows[0], error)
-                return
-            logger.warning("a step of %d rows of %s failed (%s); trying them singly", len(rows), self.name, error)
+    def _denoise(self) -> None:
+        """Thread: one denoising step after another, until the engine closes and nothing is left."""
+        while rows := self._next_rows():
+            self._step(rows)
             for row in rows:
-                self._step([row])
-            return
+                if row.job.remaining == 0:
+                    self._finished.put(row)
+
+    def _next_rows(self) -> list[Row]:
+        """Wait for the rows of the next step. Empty: the engine is closing and everything is delivered."""
+        with self._wake:
+            while True:
+                self._sweep()
+                jobs = self.scheduler.pick(self._clock())
+                self._show()
+                if jobs:
+                    return [self._rows[job] for job in jobs]
+                if self._closing and not self._rows:
+                    return []
+                self._wake.wait(self._until_deadline())
+
+    def _until_deadline(self) -> float | None:
+        nearest = min((job.deadline for job in self._rows), default=float("inf"))
+        return None if nearest == float("inf") else max(0.0, nearest - self._clock()) + 1e-3
+
+    def _sweep(self) -> None:
+        """Let go of rows that nobody waits for any more, and fail those that are too late."""
+        now = self._clock()
+        for row in list(self._rows.values()):
+            if row.future.cancelled():
+                metrics.CANCELLED.labels(row.order.model).inc()
+                self._take(row)
+            elif now > row.job.deadline and self._take(row):
+                metrics.LATE.labels(row.order.model).inc()
+                row.settle(DeadlineExceeded(now - row.job.submitted))
+
+    def _gone(self, row: Row) -> bool:
+        """Whether a row has left, before more work goes into it."""
+        with self._wake:
+            self._sweep()
+            self._wake.notify_all()
+            return row.job not in self._rows
+
+    def _take(self, row: Row) -> bool:
+        """Take a row out, under the lock. True for the one caller that may settle it."""
+        self.scheduler.remove(row.job)
+        return self._rows.pop(row.job, None) is not None
+
+    def _show(self) -> None:
+        """Set the gauges, after the queue has changed."""
+        for name in self._served:
+            jobs = [job for job in self.scheduler if job.key.model == name]
+            waiting = sum(not job.started for job in jobs)
+            metrics.QUEUED.labels(name).set(waiting)
+            metrics.RUNNING.labels(name).set(len(jobs) - waiting)
+        metrics.WORK_SECONDS.labels(self.device).set(self.scheduler.work_s())
+
+    def _step(self, rows: list[Row], again: bool = False) -> None:
+        """One denoising step of some rows. What fails is tried in smaller groups until it is known which row fails."""
+        try:
+            self._advance(rows)
+        except Exception as error:
+            memory, model = ran_out_of_memory(error), rows[0].order.model
+            if (memory and again) or (not memory and len(rows) == 1):
+                for row in rows:
+                    self._fail(row, OutOfMemory(str(error)) if memory else error)
+                return
+            size = 1
+            if memory:
+                with self._wake:
+                    size = self.budget.halve(rows[0].job.key, len(rows))
+            logger.warning("a step of %d rows of %s failed (%s); trying %d at a time", len(rows), model, error, size)
+            for start in range(0, len(rows), size):
+                self._step(rows[start : start + size], again=again or memory)
+
+    def _advance(self, rows: list[Row]) -> None:
+        start = time.perf_counter()
+        steps = [row.job.done for row in rows]
+        model = rows[0].order.model
+        advanced, x0 = self._served[model].runtime.step(
+            np.concatenate([row.latents for row in rows]),
+            np.array([row.table.timesteps[k] for row, k in zip(rows, steps, strict=True)], dtype=np.float32),
+            np.stack([row.table.rows[k] for row, k in zip(rows, steps, strict=True)]),
+            np.concatenate([row.fresh_noise() for row in rows]),
+            stack([row.conditioning for row in rows]),
+        )
         elapsed = time.perf_counter() - start
-        self._row_step_s += EASE * (elapsed / len(rows) - self._row_step_s)
-        metrics.STEPS.labels(self.name).inc(len(rows))
-        metrics.BATCH_ROWS.labels(self.name).observe(len(rows))
+        metrics.step(model, len(rows), elapsed)
+        with self._wake:
+            self.budget.observe(rows[0].job.key, len(rows), elapsed)
+            for row in rows:
+                row.job.done += 1
+                if row.job.remaining == 0:
+                    self.scheduler.remove(row.job)
         for i, row in enumerate(rows):
             row.latents = advanced[i : i + 1]
-            row.done += 1
             row.denoise_ms += elapsed * 1e3
             row.largest_batch = max(row.largest_batch, len(rows))
+            if row.order.on_step is not None and row.job.remaining > 0:
+                row.order.on_step(row.index, row.job.done, x0[i])
 
-    def _finish(self, row: Row) -> None:
-        if row.future.done():
+    def _decode(self) -> None:
+        """Thread: pixels of finished rows, one by one, so that the first is ready while the next is decoded."""
+        while (row := self._finished.get()) is not None:
+            if self._gone(row):
+                continue
+            start = time.perf_counter()
+            try:
+                if not np.isfinite(row.latents).all():
+                    raise FloatingPointError(f"the latents of seed {row.seed} are not finite")
+                pixels = self._served[row.order.model].runtime.decode(row.latents)[0]
+            except Exception as error:
+                self._fail(row, OutOfMemory(str(error)) if ran_out_of_memory(error) else error)
+                continue
+            decode_s = time.perf_counter() - start
+            with self._wake:
+                self.budget.observe_decode(row.job.key, decode_s)
+            self._deliver(row, pixels, decode_s * 1e3)
+
+    def _deliver(self, row: Row, pixels: Images, decode_ms: float) -> None:
+        model, total_ms = row.order.model, (self._clock() - row.job.submitted) * 1e3
+        queue_ms = max(0.0, total_ms - row.encode_text_ms - row.denoise_ms - decode_ms)
+        with self._wake:
+            mine = self._take(row)
+            self._wake.notify_all()
+        if not mine:
             return
-        start = time.perf_counter()
-        try:
-            if not np.isfinite(row.latents).all():
-                raise FloatingPointError(f"the latents of seed {row.seed} are not finite")
-            pixels = self._runtime.decode(row.latents)[0]
-        except Exception as error:
-            self._fail(row, error)
-            return
-        decode_ms = (time.perf_counter() - start) * 1e3
-        metrics.stage(self.name, "denoise", row.denoise_ms)
-        metrics.stage(self.name, "decode", decode_ms)
-        metrics.IMAGES.labels(self.name).inc()
+        metrics.stage(model, "denoise", row.denoise_ms)
+        metrics.stage(model, "decode", decode_ms)
+        metrics.QUEUE_SECONDS.labels(model).observe(queue_ms / 1e3)
+        metrics.IMAGES.labels(model).inc()
         picture = Picture(
-            pixels, row.seed, row.queue_ms, row.encode_text_ms, row.denoise_ms, decode_ms, row.largest_batch
+            pixels,
+            row.seed,
+            queue_ms,
+            row.encode_text_ms,
+            row.denoise_ms,
+            decode_ms,
+            row.largest_batch,
+            row.prompt_cache,
         )
-        if row.future.set_running_or_notify_cancel():
-            row.future.set_result(picture)
+        row.settle(picture)
 
     def _fail(self, row: Row, error: Exception) -> None:
-        metrics.FAILED.labels(self.name).inc()
-        logger.error("row failed: model %s, request %s, seed %d: %s", self.name, row.tag, row.seed, error)
-        row.fail(error)
+        with self._wake:
+            mine = self._take(row)
+            self._wake.notify_all()
+        if not mine:
+            return
+        metrics.FAILED.labels(row.order.model).inc()
+        logger.error("row failed: %s, request %s, seed %d: %s", row.order.model, row.order.tag, row.seed, error)
+        row.settle(error)
 
-    def _work_ahead_s(self) -> float:
-        """Estimated seconds until the queue has moved by one batch."""
-        ahead = list(self._waiting)[: self._max_batch]
-        return self._row_step_s * sum(row.remaining for row in [*self._live, *ahead])
+
+def warm_up(budget: Budget, served: Served) -> None:
+    """First points of every cost curve, which also lets the runtime prepare every shape that it will meet.
+
+    Loading has measured the steps of the first size already.
+    """
+    runtime, able, name = served.runtime, served.runtime.capabilities, served.manifest.name
+    text = runtime.encode_text([prompt := (served.manifest.examples or ("a picture",))[0]])
+    start = time.perf_counter()
+    runtime.encode_text([prompt])
+    budget.observe_text(name, time.perf_counter() - start)
+    table = served.tables[served.manifest.default_steps]
+    for k, key in enumerate(served.keys.values()):
+        for rows, milliseconds in zip(able.batch_sizes, able.step_ms, strict=True):
+            seconds = milliseconds / 1e3 if k == 0 else _time_step(runtime, text, table, key.shape, rows)
+            budget.observe(key, rows, seconds)
+        latents = noise(0, 0, key.shape)
+        runtime.decode(latents)
+        start = time.perf_counter()
+        runtime.decode(latents)
+        budget.observe_decode(key, time.perf_counter() - start)
+
+
+def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, int, int], rows: int) -> float:
+    """Seconds of the second of two steps: the first one may compile."""
+    latents = np.concatenate([noise(seed, 0, shape) for seed in range(rows)])
+    times = np.full(rows, table.timesteps[0], dtype=np.float32)
+    feed = (latents, times, np.tile(table.rows[0], (rows, 1)), latents, stack([text] * rows))
+    runtime.step(*feed)
+    start = time.perf_counter()
+    runtime.step(*feed)
+    return time.perf_counter() - start
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -5,21 +5,26 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 600.0)
-OUTCOMES = ("ok", "invalid", "rejected", "disconnected", "unavailable", "error")
+OUTCOMES = ("ok", "invalid", "rejected", "disconnected", "cancelled", "deadline", "unavailable", "error")
 
 REQUESTS = Counter("leapfrog_requests_total", "Picture requests by how they ended", ["model", "outcome"])
 IMAGES = Counter("leapfrog_images_total", "Pictures that were decoded", ["model"])
 STEPS = Counter("leapfrog_denoise_steps_total", "Denoising steps of single pictures", ["model"])
 CANCELLED = Counter("leapfrog_cancelled_rows_total", "Pictures given up because their client left", ["model"])
 FAILED = Counter("leapfrog_failed_rows_total", "Pictures whose computation failed", ["model"])
-PROMPT_CACHE = Counter("leapfrog_prompt_cache_total", "Look-ups of encoded prompts", ["model", "result"])
+LATE = Counter("leapfrog_late_rows_total", "Pictures given up because their deadline passed", ["model"])
+CACHE = Counter("leapfrog_cache_total", "Look-ups of encoded prompts and of files", ["model", "cache", "result"])
 
 QUEUED = Gauge("leapfrog_queue_rows", "Pictures waiting for a place in a batch", ["model"], multiprocess_mode="livesum")
 RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model"], multiprocess_mode="livesum")
+WORK_SECONDS = Gauge(
+    "leapfrog_queue_work_seconds", "Compute that is still to do; scale on this", ["device"], multiprocess_mode="livesum"
+)
 
 REQUEST_SECONDS = Histogram("leapfrog_request_seconds", "Time of successful requests", ["model"], buckets=SECONDS)
 QUEUE_SECONDS = Histogram("leapfrog_queue_seconds", "Wait for a place in a batch", ["model"], buckets=SECONDS)
 STAGE_SECONDS = Histogram("leapfrog_stage_seconds", "Time per picture and stage", ["model", "stage"], buckets=SECONDS)
+STEP_SECONDS = Histogram("leapfrog_step_seconds", "Time of one denoising call", ["model", "batch"], buckets=SECONDS)
 BATCH_ROWS = Histogram(
     "leapfrog_batch_rows", "Pictures per denoising step", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64)
 )
@@ -28,3 +33,10 @@ BATCH_ROWS = Histogram(
 def stage(model: str, name: str, milliseconds: float) -> None:
     """Record one stage of one picture: encode_text, denoise, decode or encode_image."""
     STAGE_SECONDS.labels(model, name).observe(milliseconds / 1e3)
+
+
+def step(model: str, rows: int, seconds: float) -> None:
+    """Record one denoising call of ``rows`` pictures."""
+    STEPS.labels(model).inc(rows)
+    BATCH_ROWS.labels(model).observe(rows)
+    STEP_SECONDS.labels(model, str(rows)).observe(seconds)

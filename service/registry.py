@@ -49,6 +49,7 @@ class Registry:
         self.state: State = "failed" if broken else "loading"
         self.reason = broken or "the models are being loaded"
         self._models: dict[str, Model] = {}
+        self._engines: dict[str, Engine] = {}
         self._closing = threading.Event()
         if broken:
             logger.error("not serving: %s", broken)
@@ -91,6 +92,11 @@ class Registry:
         return list(self._models.values())
 
     @property
+    def engines(self) -> list[Engine]:
+        """One per device."""
+        return list(self._engines.values())
+
+    @property
     def label(self) -> str:
         """The default model's name, for metrics of requests that may not reach a model."""
         return next(iter(self._models), "none")
@@ -98,7 +104,7 @@ class Registry:
     @property
     def alive(self) -> bool:
         """False when only a restart can help: loading failed or an engine's thread has died."""
-        return self.state == "draining" or (self.state != "failed" and all(m.engine.alive for m in self.all()))
+        return self.state == "draining" or (self.state != "failed" and all(engine.alive for engine in self.engines))
 
     @property
     def ready(self) -> bool:
@@ -109,8 +115,8 @@ class Registry:
         self._closing.set()
         if self.state != "failed":
             self.state, self.reason = "draining", "the server is shutting down"
-        for model in self.all():
-            model.engine.close()
+        for engine in self.engines:
+            engine.close()
 
     def _load_one(self, path: Path) -> None:
         start = time.perf_counter()
@@ -130,13 +136,8 @@ class Registry:
             runtime=self.settings.runtime,
             precision=self.settings.precision,
         )
-        engine = Engine(
-            manifest.name,
-            runtime,
-            manifest,
-            max_batch=self.settings.max_batch,
-            max_queue=self.settings.max_queue,
-        )
+        engine = self._engine(runtime.capabilities.device)
+        engine.add(manifest.name, runtime, manifest)
         self._models[manifest.name] = Model(bundle, runtime, engine, int(time.time()))
         able = runtime.capabilities
         logger.info(
@@ -150,6 +151,19 @@ class Registry:
             able.batch_sizes,
             able.step_ms,
         )
+
+    def _engine(self, device: str) -> Engine:
+        """The engine of a device: all its models share one queue."""
+        if device not in self._engines:
+            settings = self.settings
+            self._engines[device] = Engine(
+                device,
+                max_queue=settings.max_queue,
+                max_queue_s=settings.max_queue_s,
+                max_owner_rows=settings.max_key_rows if settings.api_keys else None,
+                prompt_cache_bytes=settings.prompt_cache_mb << 20,
+            )
+        return self._engines[device]
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from service import errors, metrics, schemas
 from service.edge import STATE, RequestState, translate
 from service.encode import EncodePool
-from service.engine import EngineClosed, Picture, QueueFull
+from service.engine import EngineClosed, Order, Picture, QueueFull
 from service.errors import ApiError
 from service.registry import Model, Registry
 from service.schemas import Plan
@@ -217,7 +217,7 @@ async def pictures_of(model: Model, plan: Plan, request: Request) -> list[Pictur
     """
     state: RequestState = request.scope[STATE]
     try:
-        rows = model.engine.submit(plan.prompt, plan.seeds, plan.steps, plan.size, state.request_id)
+        rows = model.engine.submit(Order(model.name, plan.prompt, plan.seeds, plan.steps, plan.size, state.request_id))
     except QueueFull as full:
         raise errors.queue_full(full.waiting, full.retry_after_s) from None
     except EngineClosed as closed:

@@ -40,7 +40,12 @@ class Settings(BaseModel):
     runtime: RuntimeChoice = Field(default="auto", description="what computes; see service.runtimes.choose")
     precision: Precision = Field(default="float32", description="of the denoiser; auto: the fastest for this processor")
     max_batch: int = Field(default=8, ge=1, le=64, description="pictures in one denoising step")
-    max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per model, beyond it 429")
+    max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per device, beyond it 429")
+    max_queue_s: float = Field(default=60.0, gt=0, description="seconds of work waiting per device, beyond it 429")
+    max_key_rows: int = Field(default=32, ge=1, description="pictures of one API key on their way, beyond it 429")
+    prompt_cache_mb: int = Field(default=64, ge=0, description="for encoded prompts; 0: none are kept")
+    result_cache_mb: int = Field(default=64, ge=0, description="for finished files; 0: none are kept")
+    public: bool = Field(default=False, description="answer other machines without API keys")
     max_n: int = Field(default=4, ge=1, le=10, description="pictures per request")
     max_prompt_chars: int = Field(default=2000, ge=1, le=100_000)
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
@@ -56,8 +61,9 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _requests_fit_the_queue(self) -> Settings:
-        if self.max_n > self.max_queue:
-            raise ValueError(f"max_n is {self.max_n} and max_queue {self.max_queue}; a request must fit into the queue")
+        for name, bound in (("max_queue", self.max_queue), ("max_key_rows", self.max_key_rows)):
+            if self.max_n > bound:
+                raise ValueError(f"max_n is {self.max_n} and {name} {bound}; a request must fit into the queue")
         return self
 
     @classmethod

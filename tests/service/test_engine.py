@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from distill.bundle import Bundle
-from service.engine import Engine, EngineClosed, QueueFull
+from service.engine import DeadlineExceeded, Engine, EngineClosed, Order, OutOfMemory, QueueFull
 from service.runtimes import Conditioning, OnnxRuntime, generate
 from service.runtimes.base import Floats
 
@@ -30,6 +31,8 @@ class Watched(OnnxRuntime):
         self.go.set()
         self.poison: float | None = None
         self.nan: float | None = None
+        self.memory = 64
+        """Rows that fit into it."""
         super().__init__(bundle, threads=1, max_batch=8)
 
     def step(
@@ -40,6 +43,8 @@ class Watched(OnnxRuntime):
         self.batches.append([float(t) for t in timestep])
         if self.poison is not None and (latents[:, 0, 0, 0] == np.float32(self.poison)).any():
             raise RuntimeError("poisoned row")
+        if len(latents) > self.memory:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 4711")
         advanced, x0 = super().step(latents, timestep, coefficients, noise, conditioning)
         if self.nan is not None:
             advanced[latents[:, 0, 0, 0] == np.float32(self.nan)] = np.nan
@@ -55,15 +60,34 @@ def watched(tiny_bundle: Path) -> Watched:
 def start(watched: Watched) -> Iterator[Start]:
     engines: list[Engine] = []
 
-    def _start(max_batch: int = 8, max_queue: int = 64) -> Engine:
-        engines.append(Engine("tiny", watched, watched.manifest, max_batch=max_batch, max_queue=max_queue))
-        return engines[-1]
+    def _start(sizes: tuple[int, ...] = (1, 2, 4, 8), **settings: object) -> Engine:
+        """Batches of all ``sizes`` pay, whatever this machine measures."""
+        engine = Engine("cpu", **{"max_queue": 64, **settings})  # type: ignore[arg-type]
+        engines.append(engine)
+        engine.add("tiny", watched, watched.manifest)
+        steady(engine, sizes)
+        watched.batches.clear()
+        watched.entered.clear()
+        return engine
 
     yield _start
     watched.go.set()
     for engine in engines:
         engine.close()
         assert not engine.alive
+
+
+def steady(engine: Engine, sizes: tuple[int, ...]) -> None:
+    """Fix the cost curve, so that no test depends on what this machine measures: a batch costs as much as one row."""
+    key = engine._served["tiny"].keys[SIZE]
+    engine.budget.know(key, sizes)
+    for rows in sizes:
+        engine.budget.observe(key, rows, 0.01)
+    engine.budget.observe = lambda key, rows, seconds: None  # type: ignore[method-assign]
+
+
+def order(seeds: Sequence[int], steps: int, prompt: str = PROMPT, **more: Any) -> Order:
+    return Order("tiny", prompt, tuple(seeds), steps, SIZE, **more)
 
 
 def first_latent(seed: int) -> float:
@@ -80,7 +104,7 @@ def test_pictures_equal_those_made_alone_whatever_they_are_batched_with(start: S
         for seed, colour in enumerate(("red", "blue", "green"))
         for steps in (1, 2, 4, 8)
     ]
-    futures = [engine.submit(prompt, [seed], steps, SIZE, "t")[0] for prompt, seed, steps in wishes]
+    futures = [engine.submit(order([seed], steps, prompt))[0] for prompt, seed, steps in wishes]
     watched.go.set()
     pictures = [future.result(60) for future in futures]
     assert max(len(batch) for batch in watched.batches) > 1
@@ -92,9 +116,9 @@ def test_pictures_equal_those_made_alone_whatever_they_are_batched_with(start: S
 def test_rows_at_different_steps_share_a_batch_and_short_ones_leave_early(start: Start, watched: Watched) -> None:
     engine = start()
     watched.go.clear()
-    long = engine.submit(PROMPT, [1], 8, SIZE, "t")[0]
+    long = engine.submit(order([1], 8))[0]
     assert watched.entered.wait(30)
-    short = engine.submit(PROMPT, [2], 1, SIZE, "t")[0]
+    short = engine.submit(order([2], 1))[0]
     done: list[str] = []
     long.add_done_callback(lambda _: done.append("long"))
     short.add_done_callback(lambda _: done.append("short"))
@@ -106,42 +130,42 @@ def test_rows_at_different_steps_share_a_batch_and_short_ones_leave_early(start:
 
 
 def test_one_request_becomes_one_row_per_seed_in_order(start: Start) -> None:
-    pictures = [future.result(60) for future in start().submit(PROMPT, [5, 6, 7], 2, SIZE, "t")]
+    pictures = [future.result(60) for future in start().submit(order([5, 6, 7], 2))]
     assert [picture.seed for picture in pictures] == [5, 6, 7]
     assert not np.array_equal(pictures[0].pixels, pictures[1].pixels)
 
 
 def test_no_batch_is_larger_than_allowed(start: Start, watched: Watched) -> None:
-    engine = start(max_batch=3)
-    for future in engine.submit(PROMPT, list(range(10)), 2, SIZE, "t"):
+    engine = start(sizes=(1, 2))
+    for future in engine.submit(order(list(range(10)), 2)):
         future.result(60)
-    assert max(len(batch) for batch in watched.batches) == 3
+    assert max(len(batch) for batch in watched.batches) == 2
 
 
 def test_full_queue_refuses_a_whole_request_and_says_when_to_retry(start: Start, watched: Watched) -> None:
-    engine = start(max_batch=1, max_queue=3)
+    engine = start(sizes=(1,), max_queue=3)
     watched.go.clear()
-    running = engine.submit(PROMPT, [0], 8, SIZE, "t")
+    running = engine.submit(order([0], 8))
     assert watched.entered.wait(30)
-    waiting = engine.submit(PROMPT, [1, 2], 8, SIZE, "t")
+    waiting = engine.submit(order([1, 2], 8))
     with pytest.raises(QueueFull) as refused:
-        engine.submit(PROMPT, [3, 4], 1, SIZE, "t")
+        engine.submit(order([3, 4], 1))
     assert refused.value.waiting == 2
     assert refused.value.retry_after_s > 0
-    last = engine.submit(PROMPT, [5], 1, SIZE, "t")
+    last = engine.submit(order([5], 1))
     watched.go.set()
     assert [future.result(60).seed for future in [*running, *waiting, *last]] == [0, 1, 2, 5]
 
 
 def test_cancelled_rows_leave_at_the_next_step_and_free_their_place(start: Start, watched: Watched) -> None:
-    engine = start(max_batch=1, max_queue=1)
+    engine = start(sizes=(1,), max_queue=1)
     watched.go.clear()
-    running = engine.submit(PROMPT, [0], 8, SIZE, "t")[0]
+    running = engine.submit(order([0], 8))[0]
     assert watched.entered.wait(30)
-    waiting = engine.submit(PROMPT, [1], 8, SIZE, "t")[0]
+    waiting = engine.submit(order([1], 8))[0]
     assert running.cancel()
     assert waiting.cancel()
-    after = engine.submit(PROMPT, [2], 1, SIZE, "t")[0]
+    after = engine.submit(order([2], 1))[0]
     watched.go.set()
     assert after.result(60).seed == 2
     assert len(watched.batches) == 2, "one step of the cancelled row, one of the row after it"
@@ -152,7 +176,7 @@ def test_cancelled_rows_leave_at_the_next_step_and_free_their_place(start: Start
 def test_a_failing_row_fails_alone(start: Start, watched: Watched) -> None:
     engine = start()
     watched.poison = first_latent(1)
-    futures = engine.submit(PROMPT, [0, 1, 2], 4, SIZE, "t")
+    futures = engine.submit(order([0, 1, 2], 4))
     with pytest.raises(RuntimeError, match="poisoned row"):
         futures[1].result(60)
     for seed in (0, 2):
@@ -164,37 +188,176 @@ def test_a_failing_row_fails_alone(start: Start, watched: Watched) -> None:
 def test_latents_that_are_not_finite_fail_instead_of_becoming_a_picture(start: Start, watched: Watched) -> None:
     engine = start()
     watched.nan = first_latent(1)
-    futures = engine.submit(PROMPT, [0, 1], 1, SIZE, "t")
+    futures = engine.submit(order([0, 1], 1))
     with pytest.raises(FloatingPointError, match="seed 1 are not finite"):
         futures[1].result(60)
     assert futures[0].result(60).seed == 0
 
 
 def test_closing_finishes_what_is_queued_and_refuses_the_rest(start: Start, watched: Watched) -> None:
-    engine = start(max_batch=1)
+    engine = start(sizes=(1,))
     watched.go.clear()
-    futures = engine.submit(PROMPT, [0, 1, 2], 2, SIZE, "t")
+    futures = engine.submit(order([0, 1, 2], 2))
     threading.Timer(0.2, watched.go.set).start()
     engine.close()
     assert [future.result(0).seed for future in futures] == [0, 1, 2]
     with pytest.raises(EngineClosed):
-        engine.submit(PROMPT, [3], 1, SIZE, "t")
+        engine.submit(order([3], 1))
 
 
 def test_the_prompt_of_several_rows_is_encoded_once(
     start: Start, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    engine = start()
     encoded: list[str] = []
     original = watched.encode_text
     monkeypatch.setattr(watched, "encode_text", lambda prompts: encoded.extend(prompts) or original(prompts))
-    engine = start()
-    for future in engine.submit(PROMPT, [0, 1, 2], 1, SIZE, "t"):
+    for future in engine.submit(order([0, 1, 2], 1)):
         future.result(60)
-    engine.submit("a blue sphere", [0], 1, SIZE, "t")[0].result(60)
+    engine.submit(order([0], 1, "a blue sphere"))[0].result(60)
     assert encoded == [PROMPT, "a blue sphere"]
+    once_more = engine.submit(order([0], 1, cache=False))[0].result(60)
+    assert (encoded[2:], once_more.prompt_cache) == ([PROMPT], "off")
+    assert engine.submit(order([0], 1))[0].result(60).prompt_cache == "hit"
 
 
 def test_stage_times_are_measured(start: Start) -> None:
-    picture = start().submit(PROMPT, [0], 4, SIZE, "t")[0].result(60)
+    picture = start().submit(order([0], 4))[0].result(60)
     for value in (picture.queue_ms, picture.encode_text_ms, picture.denoise_ms, picture.decode_ms):
         assert value > 0
+
+
+def test_the_engine_watches_what_steps_and_decoding_cost(watched: Watched) -> None:
+    engine = Engine("cpu", max_queue=8)
+    engine.add("tiny", watched, watched.manifest)
+    key = engine._served["tiny"].keys[SIZE]
+    assert set(engine.budget.curve(key)) == set(watched.capabilities.batch_sizes), "measured before the first request"
+    before = engine.budget.step_s(key, 1)
+    engine.submit(order([0], 8))[0].result(60)
+    assert engine.budget.step_s(key, 1) != before
+    assert engine.budget.decode_s(key) > 0
+    assert engine.budget.text_s("tiny") > 0
+    assert engine.load() == (0, 0, 0.0)
+    engine.close()
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_no_picture(start: Start, watched: Watched) -> None:
+    engine = start()
+    watched.memory = 2
+    watched.go.clear()
+    futures = engine.submit(order(range(4), 2))
+    watched.go.set()
+    for seed, future in enumerate(futures):
+        expected = generate(watched, watched.manifest, [PROMPT], [seed], 2)[0]
+        np.testing.assert_array_equal(future.result(60).pixels, expected)
+    assert engine.budget.sizes(engine._served["tiny"].keys[SIZE]) == (1, 2)
+
+
+def test_memory_that_runs_out_again_fails_the_rows_and_nothing_else(start: Start, watched: Watched) -> None:
+    engine = start()
+    watched.memory = 0
+    for future in engine.submit(order(range(4), 1)):
+        with pytest.raises(OutOfMemory, match="Failed to allocate"):
+            future.result(60)
+    watched.memory = 8
+    assert engine.submit(order([0], 1))[0].result(60).seed == 0
+
+
+def test_deadlines_that_cannot_be_met_are_refused_at_once(start: Start) -> None:
+    engine = start()
+    with pytest.raises(DeadlineExceeded) as refused:
+        engine.submit(order([0], 8, deadline_s=0.02))
+    assert refused.value.needed_s > 0.08
+    assert engine.load() == (0, 0, 0.0)
+    assert engine.submit(order([0], 8, deadline_s=60))[0].result(60).seed == 0
+
+
+def test_a_row_past_its_deadline_leaves_at_the_next_step(watched: Watched) -> None:
+    now = [0.0]
+    engine = Engine("cpu", max_queue=8, clock=lambda: now[0])
+    engine.add("tiny", watched, watched.manifest)
+    steady(engine, (1,))
+    watched.batches.clear()
+    watched.entered.clear()
+    watched.go.clear()
+    late = engine.submit(order([0], 8, deadline_s=1.0))[0]
+    assert watched.entered.wait(30)
+    now[0] = 2.0
+    watched.go.set()
+    with pytest.raises(DeadlineExceeded):
+        late.result(60)
+    assert len(watched.batches) == 1
+    engine.close()
+
+
+def test_an_owner_beyond_its_limit_is_refused_while_others_are_not(start: Start, watched: Watched) -> None:
+    engine = start(max_owner_rows=2)
+    watched.go.clear()
+    engine.submit(order([0, 1], 8, owner="a"))
+    with pytest.raises(QueueFull) as refused:
+        engine.submit(order([2], 8, owner="a"))
+    assert refused.value.of_owner
+    engine.submit(order([2], 8, owner="b"))
+    watched.go.set()
+
+
+def test_more_work_than_seconds_allow_is_refused(start: Start, watched: Watched) -> None:
+    engine = start(sizes=(1,), max_queue_s=0.1)
+    watched.go.clear()
+    engine.submit(order(range(4), 8))
+    with pytest.raises(QueueFull) as refused:
+        engine.submit(order([9], 8))
+    assert refused.value.retry_after_s == pytest.approx(4 * 8 * 0.01 - 0.1)
+    watched.go.set()
+
+
+def test_each_step_but_the_last_shows_its_estimate_of_the_picture(start: Start, watched: Watched) -> None:
+    seen: list[tuple[int, int, tuple[int, ...]]] = []
+    on_step = lambda index, done, x0: seen.append((index, done, x0.shape))  # noqa: E731
+    for future in start().submit(order([3, 4], 4, on_step=on_step)):
+        future.result(60)
+    assert sorted(seen) == [(index, done, (4, 16, 16)) for index in (0, 1) for done in (1, 2, 3)]
+
+
+def test_text_and_decoding_of_other_rows_go_on_while_a_step_runs(
+    start: Start, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(sizes=(1,))
+    first = engine.submit(order([0], 1))[0].result(60)
+    assert first.seed == 0
+    decoding, let_go = threading.Event(), threading.Event()
+    original = watched.decode
+
+    def held(latents: Floats) -> Any:
+        decoding.set()
+        assert let_go.wait(30)
+        return original(latents)
+
+    monkeypatch.setattr(watched, "decode", held)
+    done = engine.submit(order([1], 1))[0]
+    assert decoding.wait(30)
+    far = threading.Event()
+    last_but_one = lambda index, steps_done, x0: far.set() if steps_done == 3 else None  # noqa: E731
+    later = engine.submit(order([2], 4, "a blue sphere", on_step=last_but_one))[0]
+    assert far.wait(30), "text and steps of the second waited for the pixels of the first"
+    assert not done.done()
+    let_go.set()
+    assert [done.result(60).seed, later.result(60).seed] == [1, 2]
+
+
+def test_a_forecast_counts_what_is_ahead(start: Start, watched: Watched) -> None:
+    engine = start(sizes=(1,), max_queue=8)
+    idle = engine.forecast(order([0], 4))
+    assert idle.position == 0
+    watched.go.clear()
+    futures = engine.submit(order([0, 1], 4))
+    assert watched.entered.wait(30)
+    ahead = engine.forecast(order([2], 4))
+    assert ahead.seconds > idle.seconds
+    assert engine.outlook(futures[:1]).seconds <= engine.outlook(futures).seconds
+    with pytest.raises(QueueFull):
+        engine.forecast(order(range(10), 4))
+    watched.go.set()
+    for future in futures:
+        future.result(60)
+    assert engine.outlook(futures) == (0.0, 0)

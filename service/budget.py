@@ -1,0 +1,132 @@
+"""What computing costs here: seconds per denoising call by kind of work and batch size, measured, never assumed.
+
+Warm-up gives the first points of each curve and every call after that moves them, so the curve follows the machine.
+The one table answers every question about time: how many rows a batch should have, when a row will be done, when a
+refused client should come back, and which deadline cannot be met.
+
+    budget = Budget()
+    budget.know(key, sizes=(1, 2, 4, 8))
+    budget.observe(key, rows=4, seconds=0.067)
+    budget.sizes(key)            # batch sizes that pay, e.g. (1, 2, 4)
+
+Nothing here reads a clock or takes a lock; the engine's lock guards it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+EASE = 0.1
+"""Weight of the newest measurement in a moving average."""
+PAYS = 0.95
+"""A batch size pays up to the smallest one that has this part of the best rate; beyond it rows only wait longer."""
+PROBE_EVERY = 64
+"""Every so many calls the next larger size may be tried, so that a measurement of a bad moment is not for good."""
+GUESS_S = 0.05
+"""Of one row's step before anything was measured."""
+
+
+class BatchKey(NamedTuple):
+    """Rows with the same key may share a batch, wherever they stand and however many steps they take."""
+
+    model: str
+    runtime: str
+    shape: tuple[int, int, int]
+    guidance: float = 1.0
+
+
+@dataclass
+class _Curve:
+    """Seconds per call by number of rows, with the sizes that the runtime takes in one call."""
+
+    sizes: tuple[int, ...]
+    limit: int
+    seconds: dict[int, float] = field(default_factory=dict)
+    decode_s: float | None = None
+    calls: int = 0
+
+
+class Budget:
+    """Cost curves of everything that is served."""
+
+    def __init__(self) -> None:
+        self._curves: dict[BatchKey, _Curve] = {}
+        self._text: dict[str, float] = {}
+
+    def know(self, key: BatchKey, sizes: tuple[int, ...]) -> None:
+        """Begin a curve; ``sizes`` are the numbers of rows that the runtime computes in one call, from 1 up."""
+        self._curves[key] = _Curve(sizes, sizes[-1])
+
+    def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
+        """One denoising call of ``rows`` rows took ``seconds``."""
+        curve = self._curves[key]
+        curve.calls += 1
+        known = curve.seconds.get(rows)
+        curve.seconds[rows] = seconds if known is None else known + EASE * (seconds - known)
+
+    def observe_text(self, model: str, seconds: float) -> None:
+        known = self._text.get(model)
+        self._text[model] = seconds if known is None else known + EASE * (seconds - known)
+
+    def observe_decode(self, key: BatchKey, seconds: float) -> None:
+        curve = self._curves[key]
+        known = curve.decode_s
+        curve.decode_s = seconds if known is None else known + EASE * (seconds - known)
+
+    def halve(self, key: BatchKey, rows: int) -> int:
+        """Memory ran out at ``rows`` rows: from now on at most the largest size of half as many. Returns that size."""
+        curve = self._curves[key]
+        curve.limit = max((size for size in curve.sizes if size <= max(1, rows // 2)), default=1)
+        return curve.limit
+
+    def step_s(self, key: BatchKey, rows: int) -> float:
+        """Seconds of one call of ``rows`` rows: measured, or in proportion to the nearest measured size.
+
+        A shape that was never measured costs in proportion to its latents, from another shape of the same model.
+        """
+        seconds = self._curves[key].seconds
+        if not seconds:
+            return rows * self._row_guess(key)
+        if rows in seconds:
+            return seconds[rows]
+        nearest = min(seconds, key=lambda size: abs(size - rows))
+        return seconds[nearest] * rows / nearest
+
+    def sizes(self, key: BatchKey) -> tuple[int, ...]:
+        """Batch sizes worth using, rising; the last one is the cap."""
+        curve = self._curves[key]
+        allowed = [size for size in curve.sizes if size <= curve.limit]
+        rates = [size / self.step_s(key, size) for size in allowed]
+        enough = PAYS * max(rates)
+        cap = next(i for i, rate in enumerate(rates) if rate >= enough)
+        if curve.calls % PROBE_EVERY == PROBE_EVERY - 1:
+            cap = min(cap + 1, len(allowed) - 1)
+        return tuple(allowed[: cap + 1])
+
+    def row_step_s(self, key: BatchKey) -> float:
+        """Seconds of compute that one step of one row takes in a batch of the cap: the currency of fairness."""
+        cap = self.sizes(key)[-1]
+        return self.step_s(key, cap) / cap
+
+    def decode_s(self, key: BatchKey) -> float:
+        known = self._curves[key].decode_s
+        return self.step_s(key, 1) if known is None else known
+
+    def text_s(self, model: str) -> float:
+        return self._text.get(model, 0.0)
+
+    def solo_s(self, key: BatchKey, steps: int) -> float:
+        """Seconds of one picture alone on an idle engine, from text to pixels."""
+        return self.text_s(key.model) + steps * self.step_s(key, 1) + self.decode_s(key)
+
+    def curve(self, key: BatchKey) -> dict[int, float]:
+        """The measured points, for GET /v1/models: seconds by number of rows."""
+        return dict(sorted(self._curves[key].seconds.items()))
+
+    def _row_guess(self, key: BatchKey) -> float:
+        for other, curve in self._curves.items():
+            if other.model == key.model and curve.seconds:
+                return self.step_s(other, 1) * prod(key.shape) / prod(other.shape)
+        return GUESS_S

@@ -1,0 +1,262 @@
+"""Who computes next: rows of many requests, step by step, fair between API keys and shapes.
+
+The unit is a row, one picture. Before every denoising step the engine asks ``pick`` for the rows of that step; between
+two steps any row may wait, because its latents stay where they are. There are no threads, clocks or models in here:
+time is an argument, costs come from the budget, so the same code that schedules also predicts (``forecast``).
+
+Between flows. A flow is (owner, batch key). Each holds a balance in seconds of compute: a round gives every flow its
+quantum (an owner's flows share one), a step takes its share of the step's cost, and a flow whose balance is positive
+may lead a batch. That is surplus round robin, the form of deficit round robin (Shreedhar and Varghese, SIGCOMM 1995)
+for costs that are known afterwards. Places that the leader leaves free go to other flows of the same key, first to
+those with a balance, then to anybody. Debts and savings are bounded by a few rounds.
+
+Within a flow. First by priority; then rows that can still be done in time, by target; then those that cannot, by age.
+A target is the deadline or PATIENCE times the time of the picture alone, whichever is earlier: a late one-step picture
+passes an eight-step one, and under overload some are in time instead of none. Every RESERVED-th batch is led by the
+row that waits longest, so that neither priority nor lateness can keep a row waiting for ever.
+
+Size. The largest batch size that pays (see service.budget) with which every row that alone would be in time still is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from service.budget import BatchKey, Budget
+
+Priority = Literal["high", "normal", "low"]
+RANK: dict[str, int] = {"high": 0, "normal": 1, "low": 2}
+PATIENCE = 2.0
+RESERVED = 4
+ROUNDS = 4.0
+"""A balance stays within this many quanta of zero."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One row as the scheduler sees it. Times are seconds of the caller's clock."""
+
+    key: BatchKey
+    owner: str
+    steps: int
+    submitted: float
+    target: float
+    deadline: float = float("inf")
+    priority: Priority = "normal"
+    ready: bool = True
+    """False until the row's text is encoded."""
+    done: int = 0
+    started: bool = False
+
+    @property
+    def remaining(self) -> int:
+        return self.steps - self.done
+
+
+@dataclass(eq=False)
+class _Flow:
+    owner: str
+    key: BatchKey
+    jobs: list[Job] = field(default_factory=list)
+    balance: float = 0.0
+
+    def ready(self) -> list[Job]:
+        return [job for job in self.jobs if job.ready and job.remaining > 0]
+
+
+class Forecast(NamedTuple):
+    """Seconds until the last of some rows would be done, and how many waiting rows would begin before the first."""
+
+    seconds: float
+    position: int
+
+
+class Scheduler:
+    """All rows that are waiting or between two steps."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._flows: deque[_Flow] = deque()
+        self._picks = 0
+
+    def __iter__(self) -> Iterator[Job]:
+        return (job for flow in self._flows for job in flow.jobs)
+
+    def __len__(self) -> int:
+        return sum(len(flow.jobs) for flow in self._flows)
+
+    def new(
+        self,
+        key: BatchKey,
+        steps: int,
+        now: float,
+        *,
+        owner: str = "",
+        deadline: float = float("inf"),
+        priority: Priority = "normal",
+        ready: bool = True,
+    ) -> Job:
+        """A job with its target set; ``add`` queues it."""
+        target = min(deadline, now + PATIENCE * self.budget.solo_s(key, steps))
+        return Job(key, owner, steps, now, target, deadline, priority, ready)
+
+    def add(self, job: Job) -> None:
+        for flow in self._flows:
+            if (flow.owner, flow.key) == (job.owner, job.key):
+                flow.jobs.append(job)
+                return
+        self._flows.append(_Flow(job.owner, job.key, [job]))
+
+    def remove(self, job: Job) -> None:
+        """Forget a row that is done, failed or given up; a flow without rows leaves, and with it its balance."""
+        for flow in self._flows:
+            if job in flow.jobs:
+                flow.jobs.remove(job)
+                if not flow.jobs:
+                    self._flows.remove(flow)
+                return
+
+    def waiting(self, owner: str | None = None) -> int:
+        """Rows that have not begun, of everybody or of one owner."""
+        return sum(not job.started and owner in (None, job.owner) for job in self)
+
+    def held(self, owner: str) -> int:
+        """Rows of one owner, begun or not."""
+        return sum(job.owner == owner for job in self)
+
+    def work_s(self) -> float:
+        """Seconds of compute still to do."""
+        return sum(job.remaining * self.budget.row_step_s(job.key) for job in self)
+
+    def room_s(self, places: int) -> float:
+        """About how long until ``places`` of the waiting rows have begun: the work of all rows before them."""
+        rows = sorted(self, key=lambda job: (not job.started, job.submitted))
+        begun = sum(job.started for job in rows)
+        return sum(job.remaining * self.budget.row_step_s(job.key) for job in rows[: begun + places])
+
+    def pick(self, now: float) -> list[Job]:
+        """The rows of the next step, all of one key; empty when none is ready. Their flows are charged for it."""
+        flows = [flow for flow in self._flows if flow.ready()]
+        if not flows:
+            return []
+        self._picks += 1
+        oldest_leads = self._picks % RESERVED == 0
+        lead = self._leader(flows)
+        while self._flows[0] is not lead:
+            self._flows.rotate(-1)
+        rows = self._fill(lead, now, oldest_leads)
+        rows = rows[: self._size(rows, now)]
+        share = self.budget.step_s(lead.key, len(rows)) / len(rows)
+        for flow in self._flows:
+            flow.balance -= share * sum(job in flow.jobs for job in rows)
+        self._bound(flows)
+        if lead.balance <= 0:
+            self._flows.rotate(-1)
+        for job in rows:
+            job.started = True
+        return rows
+
+    def forecast(self, now: float, jobs: Sequence[Job] = ()) -> Forecast:
+        """When ``jobs`` (already added, or as if they were added now) would be done if nothing else came.
+
+        The schedule is played on a copy, with the budget's costs for the time of every step and of the decoding that
+        overlaps with it. Without ``jobs``: when everything is done.
+        """
+        twin, copies = self._copy()
+        for job in jobs:
+            if job not in copies:
+                copies[job] = replace(job)
+                twin.add(copies[job])
+        awaited = {copies[job] for job in jobs} or set(copies.values())
+        others = [job for job in copies.values() if job not in awaited and not job.started]
+        position = 0 if any(job.started for job in awaited) else None
+        clock = decoded = last = now
+        for job in copies.values():
+            job.ready = True
+        while awaited and (rows := twin.pick(clock)):
+            if position is None and not awaited.isdisjoint(rows):
+                position = sum(job.started for job in others if job not in rows)
+            clock += self.budget.step_s(rows[0].key, len(rows))
+            for job in rows:
+                job.done += 1
+                if job.remaining == 0:
+                    twin.remove(job)
+                    decoded = max(clock, decoded) + self.budget.decode_s(job.key)
+                    if job in awaited:
+                        awaited.remove(job)
+                        last = decoded
+        return Forecast(last - now, position or 0)
+
+    def _copy(self) -> tuple[Scheduler, dict[Job, Job]]:
+        twin = Scheduler(self.budget)
+        twin._picks = self._picks
+        copies: dict[Job, Job] = {}
+        for flow in self._flows:
+            mine = [copies.setdefault(job, replace(job)) for job in flow.jobs]
+            twin._flows.append(_Flow(flow.owner, flow.key, mine, flow.balance))
+        return twin, copies
+
+    def _leader(self, flows: list[_Flow]) -> _Flow:
+        """The first flow of the ring with a balance; when none has one, as many rounds pass as one of them needs."""
+        owners = [flow.owner for flow in flows]
+        round_s = max(self.budget.step_s(flow.key, 1) for flow in flows)
+        quanta = {id(flow): round_s / owners.count(flow.owner) for flow in flows}
+        if all(flow.balance <= 0 for flow in flows):
+            rounds = min(int(-flow.balance / quanta[id(flow)]) + 1 for flow in flows)
+            for flow in flows:
+                flow.balance += rounds * quanta[id(flow)]
+        return next(flow for flow in flows if flow.balance > 0)
+
+    def _bound(self, flows: list[_Flow]) -> None:
+        for flow in flows:
+            limit = ROUNDS * self.budget.step_s(flow.key, self.budget.sizes(flow.key)[-1])
+            flow.balance = min(max(flow.balance, -limit), limit)
+
+    def _fill(self, lead: _Flow, now: float, oldest_leads: bool) -> list[Job]:
+        """Up to a capful of rows of the leader's key: one per flow and turn, flows with a balance first."""
+        flows = [flow for flow in self._flows if flow.key == lead.key]
+        queues = [deque(self._ordered(flow, now, oldest_leads)) for flow in flows]
+        balances = [flow.balance for flow in flows]
+        share, cap = self.budget.row_step_s(lead.key), self.budget.sizes(lead.key)[-1]
+        rows: list[Job] = []
+        for floor in (0.0, float("-inf")):
+            moved = True
+            while moved and len(rows) < cap:
+                moved = False
+                for i, queue in enumerate(queues):
+                    if queue and balances[i] > floor and len(rows) < cap:
+                        rows.append(queue.popleft())
+                        balances[i] -= share
+                        moved = True
+        return rows
+
+    def _ordered(self, flow: _Flow, now: float, oldest_first: bool) -> list[Job]:
+        """A flow's rows as they should run; see the module's text."""
+
+        def rank(job: Job) -> tuple[int, bool, float]:
+            late = self._alone_at(job, now) > job.target
+            return RANK[job.priority], late, job.submitted if late else job.target
+
+        rows = sorted(flow.ready(), key=rank)
+        if oldest_first:
+            oldest = min(rows, key=lambda job: job.submitted)
+            rows.remove(oldest)
+            rows.insert(0, oldest)
+        return rows
+
+    def _size(self, rows: list[Job], now: float) -> int:
+        key = rows[0].key
+        sizes = [size for size in self.budget.sizes(key) if size <= len(rows)]
+        hopeful = [self._alone_at(job, now) <= job.target for job in rows]
+        for size in reversed(sizes):
+            finish = [now + job.remaining * self.budget.step_s(key, size) + self.budget.decode_s(key) for job in rows]
+            if all(finish[i] <= rows[i].target for i in range(size) if hopeful[i]):
+                return size
+        return 1
+
+    def _alone_at(self, job: Job, now: float) -> float:
+        """When a row would be done if it ran alone from now on."""
+        return now + job.remaining * self.budget.step_s(job.key, 1) + self.budget.decode_s(job.key)

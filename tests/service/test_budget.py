@@ -1,0 +1,85 @@
+"""The cost model: measured curves, batch sizes that pay, and what is said of what was not measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.budget import PROBE_EVERY, BatchKey, Budget
+
+SIZES = (1, 2, 4, 8)
+KEY = BatchKey("m", "onnx", (4, 16, 16))
+LARGE = KEY._replace(shape=(4, 32, 32))
+
+
+def budget_of(**step_ms: float) -> Budget:
+    budget = Budget()
+    budget.know(KEY, SIZES)
+    for rows, milliseconds in step_ms.items():
+        budget.observe(KEY, int(rows.removeprefix("b")), milliseconds / 1e3)
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "sizes"),
+    [
+        ({"b1": 10, "b2": 20, "b4": 40, "b8": 80}, (1,)),
+        ({"b1": 10, "b2": 10, "b4": 20, "b8": 40}, (1, 2)),
+        ({"b1": 22, "b2": 37.2, "b4": 66.8, "b8": 130.4}, (1, 2, 4)),
+        ({"b1": 10, "b2": 11, "b4": 12, "b8": 14}, SIZES),
+        ({"b1": 10, "b2": 25, "b4": 12, "b8": 60}, (1, 2, 4)),
+    ],
+)
+def test_batches_grow_only_as_far_as_it_pays(step_ms: dict[str, float], sizes: tuple[int, ...]) -> None:
+    assert budget_of(**step_ms).sizes(KEY) == sizes
+
+
+def test_measurements_move_the_curve_and_with_it_the_cap() -> None:
+    budget = budget_of(b1=10, b2=11, b4=12, b8=14)
+    for _ in range(100):
+        budget.observe(KEY, 8, 0.2)
+    assert budget.step_s(KEY, 8) == pytest.approx(0.2, rel=0.01)
+    assert budget.sizes(KEY) == (1, 2, 4)
+    assert budget.row_step_s(KEY) == pytest.approx(0.003)
+
+
+def test_one_slow_call_does_not_decide() -> None:
+    budget = budget_of(b1=10, b2=11, b4=12, b8=14)
+    budget.observe(KEY, 8, 0.05)
+    assert budget.sizes(KEY) == SIZES
+
+
+def test_a_size_that_was_given_up_is_tried_again_now_and_then() -> None:
+    budget = budget_of(b1=10, b2=20)
+    tried = []
+    for _ in range(2 * PROBE_EVERY):
+        tried.append(budget.sizes(KEY)[-1])
+        budget.observe(KEY, 1, 0.010)
+    assert set(tried) == {1, 2}
+    assert tried.count(2) == 2
+
+
+def test_memory_that_ran_out_halves_the_cap_for_good() -> None:
+    budget = budget_of(b1=10, b2=11, b4=12, b8=14)
+    assert budget.halve(KEY, 8) == 4
+    assert budget.sizes(KEY) == (1, 2, 4)
+    assert budget.halve(KEY, 3) == 1
+    assert budget.halve(KEY, 1) == 1
+    assert budget.sizes(KEY) == (1,)
+
+
+def test_unmeasured_sizes_and_shapes_are_estimated_in_proportion() -> None:
+    budget = budget_of(b1=10, b4=20)
+    assert budget.step_s(KEY, 8) == pytest.approx(0.040)
+    assert budget.step_s(KEY, 2) == pytest.approx(0.020)
+    budget.know(LARGE, SIZES)
+    assert budget.step_s(LARGE, 1) == pytest.approx(0.040)
+    assert budget.sizes(LARGE) == (1,)
+
+
+def test_a_solo_picture_is_text_steps_and_decoding() -> None:
+    budget = budget_of(b1=10)
+    assert budget.solo_s(KEY, 4) == pytest.approx(0.050), "decoding is taken for a step until it is measured"
+    budget.observe_text("m", 0.002)
+    budget.observe_decode(KEY, 0.007)
+    assert budget.solo_s(KEY, 4) == pytest.approx(0.049)
+    assert budget.curve(KEY) == {1: pytest.approx(0.010)}

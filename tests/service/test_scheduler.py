@@ -1,0 +1,231 @@
+"""The scheduler under a virtual clock: a toy device that takes exactly as long as the budget says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from service.budget import BatchKey, Budget
+from service.scheduler import PATIENCE, Job, Priority, Scheduler
+
+SMALL = BatchKey("m", "onnx", (4, 16, 16))
+LARGE = SMALL._replace(shape=(4, 32, 32))
+STEP_S = {SMALL: {1: 0.020, 2: 0.034, 4: 0.060, 8: 0.120}, LARGE: {1: 0.080, 2: 0.160, 4: 0.320, 8: 0.640}}
+DECODE_S = 0.010
+
+
+def a_budget(step_s: dict[BatchKey, dict[int, float]] = STEP_S) -> Budget:
+    budget = Budget()
+    for key, curve in step_s.items():
+        budget.know(key, tuple(curve))
+        for rows, seconds in curve.items():
+            budget.observe(key, rows, seconds)
+        budget.observe_decode(key, DECODE_S)
+    return budget
+
+
+@dataclass
+class Device:
+    """Plays arrivals: between two steps it takes in what has come, then lets the picked rows advance."""
+
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(a_budget()))
+    now: float = 0.0
+    finished: dict[Job, float] = field(default_factory=dict)
+    steps: list[list[Job]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Compute by owner."""
+
+    def job(
+        self, steps: int = 4, owner: str = "", key: BatchKey = SMALL, at: float = 0.0, priority: Priority = "normal"
+    ) -> Job:
+        return self.scheduler.new(key, steps, at, owner=owner, priority=priority)
+
+    def run(self, arrivals: Iterable[Job], until: float = float("inf")) -> None:
+        coming = sorted(arrivals, key=lambda job: job.submitted)
+        while self.now < until:
+            while coming and coming[0].submitted <= self.now:
+                self.scheduler.add(coming.pop(0))
+            rows = self.scheduler.pick(self.now)
+            if not rows:
+                if not coming:
+                    return
+                self.now = coming[0].submitted
+                continue
+            self.step(rows)
+
+    def step(self, rows: list[Job]) -> None:
+        self.steps.append(rows)
+        cost = self.scheduler.budget.step_s(rows[0].key, len(rows))
+        self.now += cost
+        for job in rows:
+            self.seconds[job.owner] = self.seconds.get(job.owner, 0.0) + cost / len(rows)
+            job.done += 1
+            if job.remaining == 0:
+                self.scheduler.remove(job)
+                self.finished[job] = self.now + DECODE_S
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+def test_rows_at_different_steps_share_a_batch(device: Device) -> None:
+    long, short = device.job(8), device.job(1, at=0.05)
+    device.run([long, short])
+    together = [rows for rows in device.steps if len(rows) == 2]
+    assert [{job.done - job.steps for job in rows} for rows in together] == [{0}]
+    assert device.finished[short] < device.finished[long]
+
+
+def test_batches_hold_one_key_and_no_more_rows_than_pay(device: Device) -> None:
+    device.run([device.job(2, key=key) for key in (SMALL, LARGE) for _ in range(10)])
+    assert all(len({job.key for job in rows}) == 1 for rows in device.steps)
+    assert max(len(rows) for rows in device.steps if rows[0].key == SMALL) == 4, "8 rows are no faster than 4"
+    assert max(len(rows) for rows in device.steps if rows[0].key == LARGE) == 1, "two rows cost as much as two calls"
+    assert len(device.finished) == 20
+    assert len(device.scheduler) == 0
+
+
+def test_a_batch_is_no_larger_than_its_rows_can_afford(device: Device) -> None:
+    """Each may take 0.18 s: four steps of 2 rows and decoding fit (0.146 s), of 4 rows (0.25 s) do not; at the last
+    step the other two, late by then, may join without making the first two late."""
+    device.run([device.job(4) for _ in range(4)])
+    assert [len(rows) for rows in device.steps[:4]] == [2, 2, 2, 4]
+    in_time = [job for job, end in device.finished.items() if end <= job.target]
+    assert len(in_time) == 2
+
+
+def test_a_late_short_row_passes_long_ones_but_never_waits_for_ever(device: Device) -> None:
+    long = [device.job(8, at=i / 1000) for i in range(6)]
+    short = device.job(1, at=0.1)
+    device.run([*long, short])
+    assert device.finished[short] - short.submitted <= 0.2
+    stream = [device.job(1, at=i * 0.015) for i in range(400)]
+    busy = Device()
+    old = busy.job(8)
+    busy.run([old, *stream], until=6.0)
+    assert busy.finished[old] < 2.0, "more work than the device can do has come all the time"
+
+
+def test_overload_leaves_some_rows_in_time_instead_of_none() -> None:
+    """Twice as many rows come as can be served; first come, first served would be late with all but the first."""
+    device, dice = Device(), random.Random(0)
+    jobs = [device.job(dice.choice((1, 2, 4)), at=i * 0.018) for i in range(300)]
+    device.run(jobs, until=5.4)
+    in_time = sum(end <= job.target for job, end in device.finished.items())
+    assert in_time >= 0.5 * len(device.finished)
+    oldest_left = min((job.submitted for job in device.scheduler), default=device.now)
+    assert device.now - oldest_left < 5.0
+
+
+@pytest.mark.parametrize("greedy", [10, 100])
+def test_owners_get_equal_compute_whatever_they_queue(device: Device, greedy: int) -> None:
+    jobs = [device.job(4, "greedy") for _ in range(greedy)] + [device.job(4, "modest") for _ in range(10)]
+    device.run(jobs)
+    last_modest = max(end for job, end in device.finished.items() if job.owner == "modest")
+    two_times_ten = 20 * 4 * 0.015
+    assert last_modest <= 1.2 * two_times_ten, "as if each had half the device"
+
+
+def test_two_owners_of_different_shapes_share_seconds_not_pictures(device: Device) -> None:
+    jobs = [device.job(4, "small") for _ in range(200)] + [device.job(4, "large", LARGE) for _ in range(40)]
+    device.run(jobs, until=6.0)
+    assert device.seconds["small"] == pytest.approx(device.seconds["large"], rel=0.1)
+
+
+def test_an_owner_of_two_shapes_gets_no_more_than_one_of_one(device: Device) -> None:
+    jobs = [device.job(4, "both", key) for key in (SMALL, LARGE) for _ in range(100)]
+    jobs += [device.job(4, "one") for _ in range(200)]
+    device.run(jobs, until=6.0)
+    assert device.seconds["both"] == pytest.approx(device.seconds["one"], rel=0.15)
+
+
+def test_what_nobody_else_wants_is_given_away(device: Device) -> None:
+    device.run([device.job(4, "modest"), *(device.job(4, "greedy") for _ in range(20))])
+    assert device.now == pytest.approx(21 * 4 * 0.015, rel=0.15), "the best rate, although one owner has one row"
+
+
+def test_borrowed_places_are_not_held_against_a_flow_for_long(device: Device) -> None:
+    """ "greedy" fills the places that "trickle" leaves for ten seconds; then "trickle" asks for more."""
+    jobs = [device.job(4, "greedy") for _ in range(300)]
+    jobs += [device.job(4, "trickle", at=i * 0.07) for i in range(140)]
+    device.run(jobs, until=9.8)
+    before = device.seconds["greedy"]
+    device.run([device.job(4, "trickle", at=9.8) for _ in range(50)], until=device.now + 1.0)
+    assert device.seconds["greedy"] - before >= 0.35
+
+
+def test_priority_reorders_within_an_owner_and_within_a_bounded_share(device: Device) -> None:
+    low = [device.job(4, "a", priority="low") for _ in range(20)]
+    high = [device.job(4, "a", at=0.001 + i / 1e5, priority="high") for i in range(80)]
+    device.run([*low, *high], until=4.0)
+    done = [sum(job in device.finished for job in jobs) for jobs in (low, high)]
+    assert done[1] > 2 * done[0], "although the low ones came first"
+    assert done[0] >= 3, "yet every fourth batch has a place for the oldest row"
+    other = Device()
+    theirs = [other.job(4, "b") for _ in range(20)]
+    other.run([*theirs, *(other.job(4, "a", priority="high") for _ in range(100))], until=2.0)
+    assert other.seconds["b"] >= 0.4 * sum(other.seconds.values()), "another owner's priority is no concern of b"
+
+
+def test_rows_whose_text_is_not_ready_wait_without_holding_up_others(device: Device) -> None:
+    waiting, other = device.job(4), device.job(4)
+    waiting.ready = False
+    device.run([waiting, other])
+    assert other in device.finished
+    assert device.scheduler.waiting() == 1
+    waiting.ready = True
+    device.run([])
+    assert waiting in device.finished
+
+
+def test_work_and_waiting_rows_are_counted(device: Device) -> None:
+    for owner in ("a", "a", "b"):
+        device.scheduler.add(device.job(4, owner))
+    assert (len(device.scheduler), device.scheduler.waiting(), device.scheduler.waiting("a")) == (3, 3, 2)
+    assert device.scheduler.work_s() == pytest.approx(12 * 0.015)
+    rows = device.scheduler.pick(0.0)
+    device.step(rows)
+    assert device.scheduler.waiting() == 3 - len(rows)
+    assert device.scheduler.held("a") == 2
+    assert 0 < device.scheduler.room_s(1) <= device.scheduler.work_s()
+
+
+def test_the_forecast_is_what_happens_when_nothing_else_comes() -> None:
+    dice = random.Random(1)
+    for _ in range(20):
+        device = Device()
+        jobs = [
+            device.job(dice.choice((1, 2, 4, 8)), dice.choice("abc"), dice.choice((SMALL, LARGE))) for _ in range(12)
+        ]
+        for job in jobs:
+            device.scheduler.add(job)
+        device.step(device.scheduler.pick(0.0))
+        mine = dice.choice([job for job in jobs if job.remaining])
+        now, told = device.now, device.scheduler.forecast(device.now, [mine])
+        everything = device.scheduler.forecast(now)
+        device.run([])
+        assert now + told.seconds == pytest.approx(device.finished[mine], abs=6 * DECODE_S)
+        assert now + everything.seconds == pytest.approx(max(device.finished.values()), abs=6 * DECODE_S)
+
+
+def test_a_forecast_changes_nothing(device: Device) -> None:
+    for _ in range(5):
+        device.scheduler.add(device.job(4))
+    extra = device.job(2)
+    first = device.scheduler.forecast(0.0, [extra])
+    assert device.scheduler.forecast(0.0, [extra]) == first
+    assert extra not in list(device.scheduler)
+    assert all(not job.started and job.done == 0 for job in device.scheduler)
+    assert first.seconds > 2 * 0.020 + DECODE_S
+    assert Scheduler(a_budget()).forecast(0.0).seconds == 0
+
+
+def test_the_target_is_the_deadline_if_that_is_earlier() -> None:
+    scheduler = Scheduler(a_budget())
+    assert scheduler.new(SMALL, 4, now=10.0).target == pytest.approx(10.0 + PATIENCE * (4 * 0.020 + DECODE_S))
+    assert scheduler.new(SMALL, 4, now=10.0, deadline=10.1).target == 10.1
