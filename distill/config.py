@@ -209,6 +209,7 @@ class DistillRecipe(Base):
     reuse_rollout: bool = Field(
         True, description="the fake learns from the student's samples of that iteration (DMD2) or from its own draw"
     )
+    step_aware_fake: bool = Field(False, description="the fake is told which of the student's steps made a sample")
     fake_warmup: int = Field(0, ge=0, description="iterations before the student's first update")
     time_range: tuple[Fraction, Fraction] = Field(
         (0.02, 0.98), description="of re-noising, as fractions of the time axis"

@@ -19,6 +19,7 @@ from distill.objectives.regression import OdeRegression
 from distill.objectives.rtdmd import RewardTilt
 from distill.objectives.safeguards import CoherenceGate, DiversityWatch, GuidanceCeiling, Ramp, RewardGap, TwoKey
 from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
+from distill.objectives.step_aware import StepAwareFake
 from distill.objectives.tdm import SubIntervalMatching
 from distill.objectives.weak_to_strong import SharedTeacher
 
@@ -51,6 +52,8 @@ def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: t
                     decay=divergence.decay,
                 )
             )
+    if recipe.step_aware_fake:
+        hooks.append(StepAwareFake(roles, recipe.steps))
     if recipe.decoupled:
         hooks.append(DecoupledRenoising())
     if weighting := recipe.reward_weighting:

@@ -124,6 +124,9 @@ class Hook:
     memory: nn.Module | None = None
     """Buffers that must survive a resumed run."""
 
+    def attend(self, rollout: Rollout) -> None:
+        """Called before a phase's networks see the samples of a rollout."""
+
     def times(self, rollout: Rollout, part: Part, rng: torch.Generator, low: float, high: float) -> Tensor | None:
         """Where ``part`` is re-noised: fractions (B,) float64 of the time axis in [low, high], 1 = pure noise.
 

@@ -104,7 +104,7 @@ class DistillationTask:
 
     def _student(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
-        rollout = self._rollout(iteration, micro, graph=True)
+        rollout = self._attend(self._rollout(iteration, micro, graph=True))
         rng = generator(r.seed, iteration, micro, "student")
         with autocast(r.precision):
             t, noise = self._renoise(rollout, "dm", rng, r.time_range)
@@ -118,7 +118,7 @@ class DistillationTask:
     def _fake(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
         own = self._own(micro)
-        rollout = self._rollouts.get(own) or self._rollout(iteration, own, graph=False)
+        rollout = self._attend(self._rollouts.get(own) or self._rollout(iteration, own, graph=False))
         rng = generator(r.seed, iteration, micro, "fake")
         with autocast(r.precision):
             t, noise = self._renoise(rollout, "fake", rng, (0.0, 1.0))
@@ -128,7 +128,12 @@ class DistillationTask:
     def _discriminator(self, micro: int) -> tuple[Tensor, Telemetry]:
         assert self.adversary is not None
         with autocast(self.recipe.precision):
-            return self.adversary.discriminator_loss(self._rollouts[self._own(micro)])
+            return self.adversary.discriminator_loss(self._attend(self._rollouts[self._own(micro)]))
+
+    def _attend(self, rollout: Rollout) -> Rollout:
+        for hook in self.hooks:
+            hook.attend(rollout)
+        return rollout
 
     def _told(self, telemetry: Telemetry, rollout: Rollout) -> Telemetry:
         """A phase's telemetry with the rollout's own, which is told once, and the passes since the last."""

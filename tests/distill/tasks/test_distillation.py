@@ -27,7 +27,7 @@ EVERYTHING = [
     "adaptation.strength=0.3", "sharpening.normalised=false", "regression={pairs: 8, steps: 2}", "gan={r1: 0.1}",
     "divergence={}", "decoupled={}", "reward_weighting={kappa: 0.1}", "reward_gradient={weight: 0.01}",
     "reward_tilt={beta: 0.01}", "shared_teacher={anneal: 50}", "implicit_alignment={}",
-    "segment_guidance={margin: 0.01}", "sub_interval={}", "sampler=deterministic",
+    "segment_guidance={margin: 0.01}", "sub_interval={}", "sampler=deterministic", "step_aware_fake=true",
     "first_step_anchor={anchor: 1, steps: 2, matching: true}",
     "safeguards={guidance_ceiling: 1.5, coherence: 0.0, two_key: 1, ramp: 2}",
     "safeguards.reward_gap.window=2", "safeguards.diversity.window=1",
