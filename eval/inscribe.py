@@ -27,7 +27,7 @@ def scores_of(store: Store, digest: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in store.runs():
         identity = run["source"]["identity"] or {}
-        if identity.get("digest") != digest:
+        if identity.get("digest") != digest or "damage" in identity:
             continue
         by_steps = found.setdefault(run["suite"], {})
         if str(identity["steps"]) not in by_steps:  # runs come newest first

@@ -122,7 +122,7 @@ def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
     number = total if limit is None else limit
     if not 1 <= number <= total:
         raise EvalError(f"--samples is {number} but suite {suite.name!r} has {total}; use 1 to {total}")
-    make = {"scenes": _scene_prompt, "digits": _digit_prompt}[suite.world]
+    make = {"scenes": scene_prompt, "digits": digit_prompt}[suite.world]
     prompts = []
     for position in range(number):
         index, repeat = divmod(position, suite.seeds_per_prompt)
@@ -130,13 +130,13 @@ def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def _scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+def scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:
     count = draw.things[index % len(draw.things)] if draw.things else None
     scene = sample_scene(draw.seed, index, count=count, combinations=draw.combinations)
     caption = describe(scene, np.random.default_rng((draw.seed, index, 1)))
     return Prompt(f"scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption, scene=scene)
 
 
-def _digit_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+def digit_prompt(draw: Draw, index: int, seed: int) -> Prompt:
     label = index % DIGITS
     return Prompt(f"digits-{draw.seed}-{index}", str(label), seed, label=label)

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.errors import EvalError
+from eval.pairing import require_comparable
 from eval.run import DEFAULT_STORE
 from eval.statistics import Difference, influence_difference, paired_difference
 from eval.store import Store
@@ -104,10 +105,8 @@ def _cell(store: Store, run: Run | None, column: Column) -> str:
 
 def difference(store: Store, a: Run, b: Run, metric: str) -> Difference:
     """a − b of a metric, paired by (prompt, seed). Raises EvalError for results that cannot be compared."""
+    require_comparable(store, a, b, metric)
     ours, theirs = store.results(a["id"])[metric], store.results(b["id"])[metric]
-    changed = [k for k in ours["protocol"] if ours["protocol"][k] != theirs["protocol"].get(k)]
-    if changed:
-        raise EvalError(f"not comparable: {', '.join(changed)} differ; score both runs again")
     left, right = store.per_sample(a["id"], metric), store.per_sample(b["id"], metric)
     try:
         if ours["per_sample_kind"] == "influence":

@@ -35,7 +35,7 @@ from service.runtimes.base import Precision, RuntimeChoice
 
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
-_JUDGED = {"fid", "kid", "reward", "composition", "digit-accuracy"}
+_JUDGED = {"fid", "kid", "reward", "composition", "digit-accuracy", "diversity"}
 """Metrics that load a network from the folder of judges."""
 _PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "openvino", "pillow")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from distill.bundle import Bundle, BundleError
+from distill.bundle import Bundle, BundleError, Manifest
 from eval.errors import EvalError
 from eval.metrics.base import Samples
 from eval.prompts import Prompt
@@ -102,21 +103,25 @@ class BundleSource:
         from service.runtimes import RuntimeUnavailable, open_runtime
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._options = (threads, batch, runtime, precision)
         try:
             self._bundle = Bundle.open(path)
-            self._steps = _known_steps(self._bundle, steps)
+            self.steps = _known_steps(self._bundle, steps)
             self._runtime = open_runtime(
                 self._bundle, threads=threads or cores, max_batch=batch, runtime=runtime, precision=precision
             )
         except (BundleError, RuntimeUnavailable) as error:
             raise EvalError(str(error)) from None
-        manifest, capabilities = self._bundle.manifest, self._runtime.capabilities
-        self.name = f"{manifest.name}, {self._steps} steps"
+        self._describe()
+
+    def _describe(self) -> None:
+        manifest, capabilities = self.manifest, self._runtime.capabilities
+        self.name = f"{manifest.name}, {self.steps} steps"
         self.identity: dict[str, Any] | None = {
             "kind": "bundle",
             "digest": self._bundle.digest,
-            "steps": self._steps,
-            "sampler": manifest.samplers[self._steps].model_dump(mode="json"),
+            "steps": self.steps,
+            "sampler": manifest.samplers[self.steps].model_dump(mode="json"),
             "guidance": manifest.guidance.model_dump(mode="json"),
             "size": manifest.sizes[0],
             "runtime": capabilities.runtime,
@@ -124,19 +129,41 @@ class BundleSource:
             "precision": capabilities.precision,
             "device": capabilities.device,
         }
-        self.about = {"path": str(path), "threads": capabilities.threads, "provenance": manifest.provenance}
+        self.about = {"path": str(self.path), "threads": capabilities.threads, "provenance": manifest.provenance}
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._bundle.manifest
+
+    @property
+    def path(self) -> Path:
+        return self._bundle.path
+
+    def sampled_by(self, manifest: Manifest, title: str) -> BundleSource:
+        """The same weights on the same runtime, sampled as another manifest says: damage of the given title."""
+        other = copy.copy(self)
+        other._bundle = Bundle(self.path, manifest)
+        other._describe()
+        assert other.identity is not None
+        other.name, other.identity["damage"] = f"{self.name}, {title}", title
+        return other
+
+    def reopened(self, path: Path) -> BundleSource:
+        """Another bundle with this one's steps and options."""
+        threads, batch, runtime, precision = self._options
+        return BundleSource(path, self.steps, threads, batch, runtime, precision)
 
     def make(self, prompts: Sequence[Prompt]) -> Images:
         from service.runtimes import generate as sample
 
-        manifest = self._bundle.manifest
+        manifest = self.manifest
         seeds = [prompt.seed for prompt in prompts]
         texts: Any = [prompt.text for prompt in prompts]
         if manifest.task == "class-to-image":
             if any(prompt.label is None for prompt in prompts):
                 raise EvalError(f"{manifest.name} takes labels and the suite has none; use a suite of world digits")
             texts = {"labels": np.array([prompt.label for prompt in prompts], dtype=np.int64)}
-        return np.ascontiguousarray(sample(self._runtime, manifest, texts, seeds, self._steps).transpose(0, 3, 1, 2))
+        return np.ascontiguousarray(sample(self._runtime, manifest, texts, seeds, self.steps).transpose(0, 3, 1, 2))
 
 
 def _known_steps(bundle: Bundle, steps: int | None) -> int:

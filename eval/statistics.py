@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,9 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 2000
 _EXACT_FLIPS = 12
-"""Up to this many prompts all sign flips are listed instead of drawn."""
+"""Up to this many different differences all sign flips are listed."""
+_EXACT_BINOMIAL = 100
+"""Up to this many equal differences the binomial sum is exact; beyond, its normal limit is as good and much faster."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,63 @@ def _studentised(means: Array, value: float, rng: np.random.Generator) -> Array:
     return np.concatenate(parts)
 
 
-def sign_flip_p(differences: Array, *, seed: int = 0) -> float:
-    """Two-sided p-value of a zero mean by flipping signs; exact for few differences, else 10,000 draws."""
-    n = len(differences)
+Tail = Literal["both", "below", "above"]
+
+
+def sign_flip_p(differences: Array, tail: Tail = "both") -> float:
+    """p-value of a zero mean when every difference could as well have had the other sign.
+
+    differences: (n,), one per prompt. tail: both, or "below" (small when the mean lies below 0), or "above". Prompts
+    without a difference say nothing and drop out. Exact for up to 12 differences, and for up to 100 that are equal in
+    size (the binomial test, which for binary scores is McNemar's); else by the normal limit of the flipped sums, whose
+    variance is Σd².
+    """
+    moved = np.asarray(differences, dtype=np.float64)
+    moved = moved[moved != 0]
+    if tail == "both":
+        side: Tail = "below" if moved.sum() < 0 else "above"
+        return min(1.0, 2 * sign_flip_p(moved, side))
+    if tail == "below":
+        moved = -moved
+    n, total = len(moved), float(moved.sum())
+    if n == 0:
+        return 1.0
+    sizes = np.abs(moved)
+    if n <= _EXACT_BINOMIAL and sizes.min() == sizes.max():
+        return float(sum(math.comb(n, k) for k in range(int(np.sum(moved > 0)), n + 1)) / 2**n)
     if n <= _EXACT_FLIPS:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        means = np.abs(signs @ differences) / n
-        return float(np.mean(means >= abs(differences.mean()) - 1e-12))
-    rng = np.random.default_rng(seed)
-    hits, draws = 0, 10_000
-    for start in range(0, draws, 500):
-        signs = rng.integers(0, 2, size=(min(500, draws - start), n), dtype=np.int8) * 2 - 1
-        hits += int(np.sum(np.abs(signs @ differences) / n >= abs(differences.mean()) - 1e-12))
-    return (hits + 1) / (draws + 1)
+        return float(np.mean(signs @ sizes >= total - 1e-12 * float(sizes.sum())))
+    return NormalDist().cdf(-total / math.sqrt(float(np.square(moved).sum())))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979): rejecting those below α makes one false alarm with at most α."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, largest = [1.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def rank_sum_p(a: Array, b: Array) -> float:
+    """p-value of a not lying above b (Mann and Whitney's test), small where a's values are larger; normal limit.
+
+    Ties share their ranks and shrink the variance.
+    """
+    n, m = len(a), len(b)
+    if n == 0 or m == 0:
+        raise ValueError(f"{n} and {m} values cannot be ranked against each other; give at least one of each")
+    _, index, counts = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2
+    u = float(ranks[index[:n]].sum()) - n * (n + 1) / 2
+    total = n + m
+    ties = float(np.sum(counts.astype(np.float64) ** 3 - counts)) / (total * (total - 1)) if total > 1 else 0.0
+    variance = n * m / 12 * (total + 1 - ties)
+    if variance <= 0:
+        return 1.0
+    return NormalDist().cdf(-(u - n * m / 2 - 0.5) / math.sqrt(variance))
 
 
 def paired_difference(
@@ -133,7 +179,7 @@ def paired_difference(
     values = np.array([a[key] - b[key] for key in keys])
     prompts = [key[0] for key in keys]
     interval = bootstrap_mean(values, prompts, level=level, seed=seed)
-    return Difference(interval, sign_flip_p(cluster_means(values, prompts), seed=seed), len(keys))
+    return Difference(interval, sign_flip_p(cluster_means(values, prompts)), len(keys))
 
 
 def influence_difference(

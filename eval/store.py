@@ -8,6 +8,10 @@
     results   run, metric, value, low, high, se, n, clusters, direction, unit, smallest_n, trained_on,
               per_sample_kind (value | influence), protocol_json, parts_json
     scores    run, metric, vector: one float64 per sample in the order of samples, little-endian
+    baselines bundle, pinned (UTC), runs_json (run by suite), digest, path (a copy of the bundle), reason: history, the
+              newest row per bundle counts
+    nights    night (UTC date), bundle, started, finished, verdict, alerted (somebody was told), outcome_json (all that
+              a report shows); a night that is made again replaces its row
 
 A run is `running` until results, samples and scores are written, in one transaction that also makes it `complete`. A
 process that dies leaves a `running` row, which nothing reads as a result. Several processes may write at once.
@@ -35,7 +39,7 @@ from eval.errors import EvalError
 from eval.metrics.base import Score
 from eval.prompts import Prompt
 
-VERSION = 1
+VERSION = 2
 _PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 _SCHEMA = """
@@ -63,6 +67,18 @@ CREATE TABLE scores (
 );
 CREATE INDEX runs_by_suite ON runs (suite, status, finished);
 """
+_SECOND = """
+CREATE TABLE baselines (
+    bundle TEXT NOT NULL, pinned TEXT NOT NULL, runs_json TEXT NOT NULL, digest TEXT NOT NULL, path TEXT NOT NULL,
+    reason TEXT NOT NULL, PRIMARY KEY (bundle, pinned)
+) WITHOUT ROWID;
+CREATE TABLE nights (
+    night TEXT NOT NULL, bundle TEXT NOT NULL, started TEXT NOT NULL, finished TEXT NOT NULL, verdict TEXT NOT NULL,
+    alerted INTEGER NOT NULL, outcome_json TEXT NOT NULL, PRIMARY KEY (night, bundle)
+) WITHOUT ROWID;
+"""
+_UPGRADES = (_SCHEMA, _SECOND)
+"""Entry v takes a store of version v to v + 1."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +128,12 @@ class Store:
     def _migrate(self) -> None:
         with self._transaction():
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
+            if version > VERSION:
+                raise EvalError(f"{self.path} has schema version {version}; this version of Leapfrog reads {VERSION}")
+            for statement in ";".join(_UPGRADES[version:]).split(";"):
+                self._db.execute(statement)
+            if version < VERSION:
                 self._db.execute(f"PRAGMA user_version = {VERSION}")
-        if version not in (0, VERSION):
-            raise EvalError(f"{self.path} has schema version {version}; this version of Leapfrog reads {VERSION}")
 
     def __enter__(self) -> Self:
         return self
@@ -195,6 +211,13 @@ class Store:
         rows = self._db.execute(query + " ORDER BY finished DESC, id DESC", values)
         return [_decode(row) for row in rows]
 
+    def run(self, run: str) -> dict[str, Any]:
+        """One complete run, JSON decoded. Raises EvalError for one that is missing or not complete."""
+        row = self._db.execute("SELECT * FROM runs WHERE id = ? AND status = 'complete'", (run,)).fetchone()
+        if row is None:
+            raise EvalError(f"{self.path} has no complete run {run!r}; give the id of one that is")
+        return _decode(row)
+
     def status(self, run: str) -> str:
         row = self._db.execute("SELECT status FROM runs WHERE id = ?", (run,)).fetchone()
         if row is None:
@@ -214,6 +237,37 @@ class Store:
         vector: NDArray[np.float64] = np.frombuffer(row["vector"], dtype="<f8")
         keys = self._db.execute("SELECT prompt_id, seed FROM samples WHERE run = ? ORDER BY position", (run,))
         return {(str(k["prompt_id"]), int(k["seed"])): float(v) for k, v in zip(keys, vector, strict=True)}
+
+    def texts(self, run: str) -> dict[tuple[str, int], str]:
+        """The prompts of a run's samples by (prompt id, seed), in order."""
+        rows = self._db.execute("SELECT prompt_id, seed, prompt FROM samples WHERE run = ? ORDER BY position", (run,))
+        return {(str(r["prompt_id"]), int(r["seed"])): str(r["prompt"]) for r in rows}
+
+    def pin(self, bundle: str, runs: dict[str, str], digest: str, path: str, reason: str) -> None:
+        """Make these runs, one per suite, the baseline of a bundle from now on."""
+        row = {"bundle": bundle, "pinned": _now(), "runs_json": _json(runs), "digest": digest, "path": path}
+        self._insert("baselines", [{**row, "reason": reason}])
+
+    def baselines(self, bundle: str | None = None) -> list[dict[str, Any]]:
+        """Pinned baselines, newest first, JSON decoded."""
+        where, values = (" WHERE bundle = ?", [bundle]) if bundle is not None else ("", [])
+        rows = self._db.execute(f"SELECT * FROM baselines{where} ORDER BY pinned DESC", values)
+        return [_decode(row) for row in rows]
+
+    def keep_night(
+        self, night: str, bundle: str, started: str, verdict: str, outcome: dict[str, Any], *, alerted: bool
+    ) -> None:
+        """Enter the outcome of a bundle's night, replacing an earlier one of the same night."""
+        row = {"night": night, "bundle": bundle, "started": started, "finished": _now(), "verdict": verdict}
+        with self._transaction():
+            self._db.execute("DELETE FROM nights WHERE night = ? AND bundle = ?", (night, bundle))
+            self._insert("nights", [{**row, "alerted": int(alerted), "outcome_json": _json(outcome)}])
+
+    def nights(self, bundle: str | None = None) -> list[dict[str, Any]]:
+        """Finished nights, newest first, JSON decoded."""
+        where, values = (" WHERE bundle = ?", [bundle]) if bundle is not None else ("", [])
+        rows = self._db.execute(f"SELECT * FROM nights{where} ORDER BY night DESC, bundle", values)
+        return [_decode(row) for row in rows]
 
 
 def _result_row(run: str, score: Score) -> dict[str, Any]:

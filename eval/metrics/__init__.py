@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from eval.metrics import composition, digits, fid, latency, reward
+from eval.metrics import composition, digits, diversity, fid, latency, reward
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
-__all__ = ["Metric", "Samples", "Score", "composition", "create", "digits", "fid", "latency", "registered", "reward"]
+__all__ = [
+    "Metric",
+    "Samples",
+    "Score",
+    "composition",
+    "create",
+    "digits",
+    "diversity",
+    "fid",
+    "latency",
+    "registered",
+    "reward",
+]

@@ -13,9 +13,11 @@ from eval.statistics import (
     cluster_means,
     clustered_se,
     frechet_influence,
+    holm,
     influence_difference,
     kernel_terms,
     paired_difference,
+    rank_sum_p,
     root,
     sign_flip_p,
     wilson,
@@ -108,6 +110,40 @@ def test_sign_flip_is_exact_for_few_and_uniform_under_the_null() -> None:
     p = np.array([sign_flip_p(rng.normal(size=10)) for _ in range(400)])
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.035)
     assert np.mean(p <= 0.5) == pytest.approx(0.5, abs=0.08)
+
+
+def test_sign_flip_by_its_three_ways_agrees_and_zeros_say_nothing() -> None:
+    rng = np.random.default_rng(6)
+    few = rng.normal(0.3, 1.0, 12)
+    listed = sign_flip_p(few, "above")
+    assert sign_flip_p(np.concatenate([few, np.zeros(50)]), "above") == listed
+    assert sign_flip_p(-few, "below") == listed and sign_flip_p(few) == pytest.approx(2 * listed)
+    normal = NormalDist().cdf(-few.sum() / math.sqrt(np.square(few).sum()))
+    assert listed == pytest.approx(normal, rel=0.25)
+    assert sign_flip_p(np.repeat([1.0, -1.0], [11, 2]), "above") == pytest.approx((78 + 13 + 1) / 2**13)
+    many = np.repeat([2.0, -2.0], [60, 41])  # 101 equal ones: the normal limit of the binomial
+    exact = sum(math.comb(101, k) for k in range(60, 102)) / 2**101
+    assert sign_flip_p(many, "above") == pytest.approx(exact, rel=0.3)
+    assert sign_flip_p(np.zeros(5)) == 1.0
+
+
+def test_holm_equals_its_published_example_and_is_monotone() -> None:
+    # Holm's procedure on 0.01, 0.04, 0.03, 0.005: 4·0.005, 3·0.01, 2·0.03, then never smaller.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.5]) == [0.5] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_rank_sum_equals_scipy_and_ignores_monotone_changes() -> None:
+    from scipy.stats import mannwhitneyu
+
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(0.4, 1, 25).round(1), rng.normal(0, 1, 30).round(1)  # rounded, so that there are ties
+    expected = mannwhitneyu(a, b, alternative="greater", method="asymptotic").pvalue
+    assert rank_sum_p(a, b) == pytest.approx(expected, rel=1e-9)
+    assert rank_sum_p(np.exp(a), np.exp(b)) == rank_sum_p(a, b)
+    assert rank_sum_p(np.ones(5), np.ones(6)) == 1.0
+    with pytest.raises(ValueError, match="0 and 1 values"):
+        rank_sum_p(np.array([]), np.array([1.0]))
 
 
 def test_clustered_se_equals_closed_forms() -> None:

@@ -160,3 +160,31 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
         Store(newer)
     with Store(tmp_path / "s.sqlite") as store, pytest.raises(EvalError, match="'x' is not in"):
         store.status("x")
+
+
+def test_a_store_of_the_first_version_keeps_its_runs_and_gains_nights(tmp_path: Path, prompts: list[Prompt]) -> None:
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        run = store.begin(INFO)
+        store.complete(run, prompts, [a_score([1.0, 2.0, 3.0, 5.0])])
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE nights")
+        db.execute("DROP TABLE baselines")
+        db.execute("PRAGMA user_version = 1")
+    with Store(path) as store:
+        assert [row["id"] for row in store.runs()] == [run] and store.nights() == []
+        assert store.run(run)["scored"] == 4 and list(store.texts(run).values()) == [p.text for p in prompts]
+
+
+def test_baselines_keep_their_history_and_nights_are_replaced(tmp_path: Path) -> None:
+    with Store(tmp_path / "s.sqlite") as store:
+        store.pin("b", {"s": "1"}, "d1", "p1", "first release")
+        store.pin("b", {"s": "2"}, "d2", "p2", "second release")
+        assert [row["reason"] for row in store.baselines("b")] == ["second release", "first release"]
+        assert store.baselines("b")[0]["runs"] == {"s": "2"} and store.baselines("c") == []
+        for verdict in ("regression", "equivalent"):
+            store.keep_night("2026-01-02", "b", "2026-01-02T02:00", verdict, {"x": 1}, alerted=verdict == "regression")
+        (night,) = store.nights("b")
+        assert night["verdict"] == "equivalent" and night["outcome"] == {"x": 1} and not night["alerted"]
+        with pytest.raises(EvalError, match="no complete run 'none'"):
+            store.run("none")

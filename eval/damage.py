@@ -1,0 +1,158 @@
+"""Known damage to a bundle: the canaries that show each night that its metrics can still see.
+
+    source = damaged(open_source("bundles/scenes-sdxl", steps=4), "prompt-ignored")
+
+A damaged source makes pictures as the bundle would if it were broken in one way, by a known amount. Its identity says
+so, hence its pictures are cached beside, never instead of, the real ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.bundle import Bundle, Manifest, Sampler, write_manifest
+from eval.errors import EvalError, nearest
+from eval.prompts import Draw, Prompt, digit_prompt, scene_prompt
+from eval.sources import BundleSource, Source
+
+Images = NDArray[np.uint8]
+
+
+class Damaged:
+    """A source whose prompts or pictures are tampered with on the way in or out."""
+
+    def __init__(self, source: Source, damage: str, tamper: Callable[[Source, Sequence[Prompt]], Images]) -> None:
+        self._source, self._tamper = source, tamper
+        self.name = f"{source.name}, {damage}"
+        self.identity = None if source.identity is None else {**source.identity, "damage": damage}
+        self.about = source.about
+
+    def make(self, prompts: Sequence[Prompt]) -> Images:
+        return self._tamper(self._source, prompts)
+
+
+def _prompt_ignored(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """Every sample is asked for another prompt, drawn by its own key, so that batches do not matter."""
+    return source.make([_another(prompt) for prompt in prompts])
+
+
+def _another(prompt: Prompt) -> Prompt:
+    stream = zlib.crc32(repr(prompt.key).encode()) % 1_000_000
+    draw = Draw(seed=7_999_999, count=1, things=(1, 2))
+    if prompt.label is not None:
+        wrong = digit_prompt(draw, prompt.label + 1 + stream % 9, prompt.seed)
+        return replace(prompt, text=wrong.text, label=wrong.label)
+    return replace(prompt, text=scene_prompt(draw, stream, prompt.seed).text)
+
+
+def _seed_ignored(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """All samples of a prompt are one picture."""
+    return source.make([replace(prompt, seed=7_000_000) for prompt in prompts])
+
+
+def _channels_swapped(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """Red and blue change places."""
+    return np.ascontiguousarray(source.make(prompts)[:, ::-1])
+
+
+def _blurred(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """A mean over 3 × 3 pixels."""
+    images = np.pad(source.make(prompts).astype(np.uint16), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    height, width = images.shape[2] - 2, images.shape[3] - 2
+    shifted = [images[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return np.asarray((np.sum(shifted, axis=0) + 4) // 9, dtype=np.uint8)
+
+
+_TAMPERS: dict[str, Callable[[Source, Sequence[Prompt]], Images]] = {
+    "prompt-ignored": _prompt_ignored,
+    "seed-ignored": _seed_ignored,
+    "channels-swapped": _channels_swapped,
+    "blurred": _blurred,
+}
+_IN_THE_BUNDLE = ("weights-noised", "step-dropped", "weights-coarse")
+NOISE = 0.1
+"""weights-noised: standard deviation of the noise in standard deviations of each weight matrix."""
+LEVELS = 16
+"""weights-coarse: how many values a weight matrix keeps, as an int4 without groups would."""
+DAMAGES = (*_TAMPERS, *_IN_THE_BUNDLE)
+
+
+def damaged(source: Source, damage: str, folder: Path | None = None) -> Source:
+    """The source with one damage. folder: where a damaged copy of the bundle is written, for damage to weights."""
+    if damage in _TAMPERS:
+        return Damaged(source, damage, _TAMPERS[damage])
+    if damage not in _IN_THE_BUNDLE:
+        raise EvalError(f"damage {damage!r} is unknown; {nearest(damage, DAMAGES)}")
+    if not isinstance(source, BundleSource):
+        raise EvalError(f"{damage} needs the weights and {source.name} has none here; give a bundle")
+    if damage == "step-dropped":
+        return source.sampled_by(drop_step(source.manifest, source.steps), damage)
+    if folder is None:
+        raise EvalError(f"{damage} writes a damaged bundle and has no folder for it; give one")
+    change = _noised if damage == "weights-noised" else _coarse
+    path = damage_weights(source.path, folder / f"{source.path.name}-{damage}", change)
+    other = source.reopened(path)
+    assert other.identity is not None
+    other.name, other.identity["damage"] = f"{source.name}, {damage}", damage
+    return other
+
+
+def drop_step(manifest: Manifest, steps: int) -> Manifest:
+    """The manifest without the update of a middle step: x' = x, so the next one finds more noise than it expects.
+
+    A sampler of one step has no middle; its noise is what comes out.
+    """
+    sampler = manifest.samplers[steps]
+    rows = list(sampler.rows)
+    p, q, *_ = rows[steps // 2]
+    rows[steps // 2] = (p, q, 0.0, 1.0, 0.0)
+    broken = Sampler(timesteps=sampler.timesteps, rows=tuple(rows))
+    return manifest.model_copy(update={"samplers": {**manifest.samplers, steps: broken}})
+
+
+Change = Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]
+
+
+def _noised(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    return np.asarray(weights + NOISE * weights.std() * rng.standard_normal(weights.shape))
+
+
+def _coarse(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    step = 2 * float(np.abs(weights).max()) / (LEVELS - 1)
+    return weights if step == 0 else np.round(weights / step) * step
+
+
+def damage_weights(bundle: Path, out: Path, change: Change) -> Path:
+    """A copy of a bundle whose step graph has every weight matrix changed; seeded, with a valid manifest.
+
+    Raises EvalError when the graph holds no matrices to damage.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    opened = Bundle.open(bundle)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(bundle, out)
+    path = out / opened.engine("step").file
+    model = onnx.load(path)
+    changed = 0
+    for tensor in model.graph.initializer:
+        weights = numpy_helper.to_array(tensor)
+        if weights.ndim < 2 or weights.dtype not in (np.float16, np.float32):
+            continue
+        rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+        values = change(weights.astype(np.float64), rng).astype(weights.dtype)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        changed += 1
+    if not changed:
+        raise EvalError(f"{path} holds no weight matrices, so there is nothing to damage; export the bundle again")
+    onnx.save(model, path)
+    write_manifest(out, opened.manifest)
+    return out
