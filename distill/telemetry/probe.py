@@ -123,7 +123,10 @@ class Probe:
 
 
 def means(columns: Columns, yardstick: Columns, group: int) -> dict[str, Value]:
-    """What a probe logs: shares of the zone, ratios to the teacher's own samples, and mean scores."""
+    """What a probe logs: shares of the zone, ratios to the teacher's own samples, and mean scores.
+
+    reward_lead is in standard deviations between the teacher's samples.
+    """
     lost, flat = np.array(columns["lost"]), np.array(columns["flat"])
     telemetry: dict[str, Value] = {
         "zone/share": float((lost & flat).mean()),
@@ -137,6 +140,9 @@ def means(columns: Columns, yardstick: Columns, group: int) -> dict[str, Value]:
         telemetry[f"probe/{name}"] = _finite_mean(columns[name])
         telemetry[f"probe/teacher/{name}"] = _finite_mean(yardstick[name])
     if "reward" in columns:
+        deviation = float(np.nanstd(yardstick["reward"]))
+        lead = _finite_mean(columns["reward"]) - _finite_mean(yardstick["reward"])
+        telemetry["probe/reward_lead"] = lead / max(deviation, 1e-12)
         telemetry["probe/alignment"] = alignment(columns["reward"], columns["residual"], group)
     return telemetry
 
