@@ -19,6 +19,7 @@ from distill.objectives.plan import Hook
 from distill.objectives.regression import OdeRegression
 from distill.objectives.rtdmd import RewardTilt
 from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
+from distill.objectives.step_aware import StepAwareFake
 from distill.objectives.tdm import SubIntervalMatching
 from distill.objectives.weak_to_strong import SharedTeacher
 
@@ -37,6 +38,7 @@ HOOKS: dict[str, type[Hook]] = {
     "implicit_alignment": ImplicitAlignment,
     "segment_guidance": IntraSegmentGuidance,
     "sub_interval": SubIntervalMatching,
+    "step_aware_fake": StepAwareFake,
     "first_step_anchor": FirstStepAnchor,
 }
 """The hook of each section of a recipe."""
@@ -70,6 +72,11 @@ METHODS: dict[str, Method] = {
     ),
     "re-dmd": Method("Re-DMD", "Reward Forcing", {"reward_weighting": {}}, reward=True),
     "tdm": Method("TDM", "2503.06674", {"fake_per_student": 1, "sampler": "deterministic", "sub_interval": {}}),
+    "tdm-any": Method(
+        "TDM for several numbers of steps",
+        "2503.06674",
+        {"fake_per_student": 1, "sampler": "deterministic", "sub_interval": {}, "step_aware_fake": True},
+    ),
     "senseflow": Method("SenseFlow", "2506.00523", {"implicit_alignment": {}, "segment_guidance": {}}),
     "dp-dmd": Method("DP-DMD", "2602.03139", {"first_step_anchor": {}}),
     "rtdmd": Method("RTDMD", "2605.26108", {"reward_tilt": {"beta": 1.0}}, reward=True),

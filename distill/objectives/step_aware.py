@@ -1,7 +1,8 @@
 """A fake score that knows which step of the student made a sample.
 
-One fake score of many steps models their mixture. The mixture can be right while no step is: blurred first steps are
-made up for by too sharp last ones. TDM's flexible student tells both networks the number of steps for this reason.
+One fake score of many steps models their mixture, and a mixture can be right while no step is: too sharp last steps
+make up for blurred first ones. TDM (arXiv 2503.06674) separates what a student of several numbers of steps learns in
+each by telling its networks the number.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from distill.objectives.plan import Hook, Roles, Rollout, Terms
 
 
 class StepAwareFake(Hook):
-    """φ's time embedding plus a learned row per (steps, step), zero at first; the first step is one row for all numbers
-    of steps, because it sees the same input in each. Ours; the student itself is told nothing.
+    """φ's time embedding plus a learned row per (number of steps, step), zero at first.
+
+    The first step has one row for all numbers, because it sees the same input in each. Ours is the row for the step
+    and that the student itself, whose network is deployed, is told nothing (TDM tells both the number alone).
     """
 
     terms = Terms(extra="d_fake knows the student's step")
@@ -31,7 +34,9 @@ class StepAwareFake(Hook):
             if isinstance(module, TimestepEmbedding) and name.rpartition(".")[2].startswith("time")
         }
         if not places:
-            raise ValueError(f"{type(roles.fake).__name__} has no time embedding to tell the step; drop step_aware_fake")
+            raise ValueError(
+                f"{type(roles.fake).__name__} has no time embedding to tell the step; drop step_aware_fake"
+            )
         tables = [nn.Embedding(len(later) + 1, module.linear_2.out_features) for module in places.values()]
         for table, module in zip(tables, places.values(), strict=True):
             nn.init.zeros_(table.weight)

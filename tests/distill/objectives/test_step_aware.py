@@ -1,4 +1,4 @@
-"""The step that the fake score is told: nothing at first, one row per step, and every network but the fake untouched."""
+"""The step that the fake score is told: nothing at first, one row per step; no other network is touched."""
 
 from __future__ import annotations
 
