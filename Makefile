@@ -66,8 +66,10 @@ $(MODELS): setup
 		case $$bundle in bundles/*) $(BIN)/python -m distill.export $$bundle --to onnx;; esac
 
 # Every run behind docs/results.md. Teachers and controls are compiled in runs/bundles, so that models/ stays as it is.
+# Pictures are made by the fastest runtime, times are of the service's own: FAST= scores with that one throughout.
 CONTROLS := scenes-teacher scenes-dmd2 digits-teacher digits-dmd2
 SCENES := scenes-trained scenes-held-out scenes-three scenes-latency
+FAST ?= --runtime openvino --precision bfloat16
 SCORE := $(BIN)/python -m eval.run
 
 scores: setup
@@ -76,10 +78,11 @@ scores: setup
 		$(BIN)/python -m distill.export runs/bundles/$$name --to onnx; done
 	test -d models/digits-cnn || $(BIN)/python -m eval.digits
 	set -e; for suite in $(SCENES) scenes-fid; do \
-		for steps in 1 2 4; do $(SCORE) bundles/scenes-sdxl --suite $$suite --steps $$steps \
+		case $$suite in *-latency) how=;; *) how="$(FAST)";; esac; \
+		for steps in 1 2 4; do $(SCORE) bundles/scenes-sdxl --suite $$suite --steps $$steps $$how \
 			--label "AMD, $$steps step$$(test $$steps = 1 || echo s)"; done; \
-		$(SCORE) runs/bundles/scenes-dmd2 --suite $$suite --steps 4 --label "DMD2, 4 steps"; \
-		for steps in 4 50; do $(SCORE) runs/bundles/scenes-teacher --suite $$suite --steps $$steps \
+		$(SCORE) runs/bundles/scenes-dmd2 --suite $$suite --steps 4 $$how --label "DMD2, 4 steps"; \
+		for steps in 4 50; do $(SCORE) runs/bundles/scenes-teacher --suite $$suite --steps $$steps $$how \
 			--label "teacher, $$steps steps"; done; \
 		test $$suite = scenes-latency || $(SCORE) renders --suite $$suite --label renders; done
 	set -e; for suite in digits digits-latency; do \
