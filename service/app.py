@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
 import asyncio
+import io
 import logging
 import threading
 from http import HTTPStatus
@@ -32,17 +33,18 @@ from service import routes, schemas
 from service.edge import STATE, Edge, RequestState, RestorePath
 from service.encode import EncodePool
 from service.errors import ApiError
+from service.images import Hub, counted, draw
 from service.registry import Registry
 from service.settings import Settings, SettingsError
 
 
-def make_hub() -> routes.Hub:
+def make_hub() -> Hub:
     """Settings, registry and pool. Unusable settings do not crash the worker, which would only be restarted forever."""
     try:
         settings, broken = Settings.from_env(), None
     except SettingsError as error:
         settings, broken = Settings(), str(error)
-    return routes.Hub(settings, Registry(settings, broken), EncodePool(settings.encode_threads))
+    return Hub(settings, Registry(settings, broken), EncodePool(settings.encode_threads))
 
 
 class EdgeService(bentoml.Service[Any]):  # type: ignore[misc]
@@ -123,7 +125,8 @@ class Leapfrog:
         fields = {"prompt": prompt, "seed": seed, "steps": steps}
         asked = {name: value for name, value in fields.items() if value is not None}
         try:
-            return await routes.counted(hub, lambda: self._picture(ctx, asked))
+            with counted(hub):
+                return await self._picture(ctx, asked)
         except ApiError as error:
             state.error = error
             raise CallerError(error) from None
@@ -137,7 +140,7 @@ class Leapfrog:
         model = hub.registry.get(None)
         plan = schemas.plan(request, model.bundle.manifest, hub.settings)
         ctx.response.metadata["x-seed"] = str(plan.seeds[0])
-        return Image.fromarray((await routes.pictures_of(model, plan, ctx.request))[0].pixels)
+        return Image.open(io.BytesIO((await draw(hub, model, plan, ctx.request))[0].data))
 
 
 Leapfrog.add_asgi_middleware(RestorePath)  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ It runs before BentoML's metrics and routing, so a refused request takes no plac
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import ipaddress
 import json
 import logging
 import re
@@ -25,8 +27,19 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/healthz", "/metrics"})
-KNOWN_PATHS = OPEN_PATHS | {"/v1/images/generations", "/v1/models", "/generate", "/schema.json", "/docs.json"}
-TEMPLATES = ((re.compile(r"^/v1/models/[^/]+$"), "/v1/models/{id}"),)
+KNOWN_PATHS = OPEN_PATHS | {
+    "/v1/images/generations",
+    "/v1/estimate",
+    "/v1/queue",
+    "/v1/models",
+    "/generate",
+    "/schema.json",
+    "/docs.json",
+}
+TEMPLATES = (
+    (re.compile(r"^/v1/models/[^/]+$"), "/v1/models/{id}"),
+    (re.compile(r"^/v1/requests/[^/]+/cancel$"), "/v1/requests/{id}/cancel"),
+)
 UNKNOWN_PATH = "/{unknown}"
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 DRAIN_FACTOR = 64
@@ -41,6 +54,8 @@ class RequestState:
 
     def __init__(self, request_id: str, path: str) -> None:
         self.request_id, self.path = request_id, path
+        self.owner = ""
+        """Of whose pictures this is about: a name of the API key that does not tell it, or nobody's."""
         self.error: ApiError | None = None
 
 
@@ -63,7 +78,8 @@ class Edge:
         state = RequestState(given if REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}", scope["path"])
         reply = Reply(send, state, scope["method"])
         try:
-            self._authenticate(scope["path"], headers)
+            self._keep_private(scope)
+            state.owner = self._authenticate(scope["path"], headers)
             body = await self._body(headers, receive)
             inner = {**scope, "path": metric_path(scope["path"]), STATE: state}
             await self.app(inner, replay(body, receive), reply)
@@ -73,9 +89,21 @@ class Edge:
             logger.exception("request %s: %s %s failed", state.request_id, scope["method"], scope["path"])
             await reply.error(errors.internal(state.request_id))
 
-    def _authenticate(self, path: str, headers: Headers) -> None:
-        if not self.settings.api_keys or path in OPEN_PATHS:
+    def _keep_private(self, scope: Scope) -> None:
+        """Without API keys only this machine is answered, whatever address the server was told to listen on."""
+        if self.settings.api_keys or self.settings.public or is_loopback(scope.get("server")):
             return
+        message = (
+            "this server has no API keys and answers only its own machine; "
+            "set LEAPFROG_API_KEYS, or LEAPFROG_PUBLIC=1 to answer everybody"
+        )
+        logger.warning("refused a request on %s: %s", scope["server"][0], message)
+        raise ApiError(403, message, code="forbidden")
+
+    def _authenticate(self, path: str, headers: Headers) -> str:
+        """The owner. Raises ApiError 401 where a key is needed."""
+        if not self.settings.api_keys or path in OPEN_PATHS:
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip().encode() if scheme.lower() == "bearer" else b""
         # Every key is compared, so that the time tells neither which one matched nor how far.
@@ -87,6 +115,7 @@ class Edge:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        return hashlib.sha256(given).hexdigest()[:12]
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body. Raises ApiError 413 when it is too large and 408 when it does not arrive in time."""
@@ -171,6 +200,16 @@ class RestorePath:
         if STATE in scope:
             scope = {**scope, "path": scope[STATE].path}
         await self.app(scope, receive, send)
+
+
+def is_loopback(server: tuple[str, int | None] | None) -> bool:
+    """Whether a connection came in on an address that only this machine reaches; a socket in the file system is one."""
+    if server is None or server[1] is None:
+        return True
+    try:
+        return ipaddress.ip_address(server[0]).is_loopback
+    except ValueError:
+        return server[0] == "localhost"
 
 
 def metric_path(path: str) -> str:

@@ -188,6 +188,10 @@ class Engine:
     def alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 
+    @property
+    def models(self) -> list[str]:
+        return list(self._served)
+
     def add(self, name: str, runtime: Runtime, manifest: Manifest) -> None:
         """Serve a model, after measuring what it costs here for every size of picture."""
         able = runtime.capabilities
@@ -236,6 +240,12 @@ class Engine:
         with self._wake:
             self._check_room(order.owner, len(rows))
             return self.scheduler.forecast(self._clock(), [row.job for row in rows])
+
+    def cost_s(self, order: Order) -> float:
+        """Seconds of compute of an order in full batches."""
+        key = self._served[order.model].keys[order.size]
+        row_s = order.steps * self.budget.row_step_s(key) + self.budget.decode_s(key)
+        return self.budget.text_s(order.model) + len(order.seeds) * row_s
 
     def outlook(self, futures: list[Future[Picture]]) -> Forecast:
         """The same for rows that were submitted; those that are denoised already count no more."""

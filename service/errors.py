@@ -40,6 +40,10 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
+class Disconnected(Exception):
+    """The client has gone; its pictures were given up."""
+
+
 def _printable(text: str) -> str:
     """Text that can be sent: JSON may smuggle in half a surrogate pair, which UTF-8 cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -64,6 +68,33 @@ def queue_full(waiting: int, retry_after_s: float) -> ApiError:
     }
     message = f"the queue is full ({waiting} pictures wait); retry in about {max(retry_after_s, 0.1):.1f} s"
     return ApiError(429, message, code="queue_full", headers=headers)
+
+
+def key_limit(held: int, retry_after_s: float) -> ApiError:
+    """429 that concerns this API key alone."""
+    error = queue_full(held, retry_after_s)
+    message = f"this API key has {held} pictures on their way; retry in about {max(retry_after_s, 0.1):.1f} s"
+    return ApiError(429, message, code="key_limit", headers=error.headers)
+
+
+def deadline_exceeded(deadline_s: float, needed_s: float) -> ApiError:
+    """504: told at once where it can be foreseen. Clients retry it, when there may be less to do."""
+    message = (
+        f"deadline_ms is {deadline_s * 1e3:.0f} and the pictures need about {needed_s * 1e3:.0f} ms now; "
+        "give more time, fewer steps or fewer pictures"
+    )
+    headers = {"retry-after-ms": str(max(1, math.ceil((needed_s - deadline_s) * 1e3)))}
+    return ApiError(504, message, code="deadline_exceeded", param="deadline_ms", headers=headers)
+
+
+def cancelled() -> ApiError:
+    """The answer to a request that somebody cancelled; nobody should send it again by himself."""
+    return ApiError(409, "the request was cancelled", code="cancelled", headers={"x-should-retry": "false"})
+
+
+def out_of_memory() -> ApiError:
+    message = "memory ran out, also with a smaller batch; ask for a smaller size or try again later"
+    return ApiError(500, message, code="out_of_memory", headers={"x-should-retry": "false"})
 
 
 def unavailable(message: str, code: str, retry_after_s: int = 1) -> ApiError:

@@ -32,6 +32,8 @@ class Model:
     bundle: Bundle
     runtime: Runtime
     engine: Engine
+    digest: str
+    """Of the bundle: the identity of what computes the pictures."""
     loaded: int
     """Unix seconds."""
 
@@ -138,7 +140,7 @@ class Registry:
         )
         engine = self._engine(runtime.capabilities.device)
         engine.add(manifest.name, runtime, manifest)
-        self._models[manifest.name] = Model(bundle, runtime, engine, int(time.time()))
+        self._models[manifest.name] = Model(bundle, runtime, engine, bundle.digest, int(time.time()))
         able = runtime.capabilities
         logger.info(
             "loaded %s from %s in %.1f s: %s in %s, %d threads, batches of %s take %s ms per step",

@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import logging
-import secrets
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, get_args
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import errors, metrics, schemas
+from service import answers, schemas
 from service.edge import STATE, RequestState, translate
-from service.encode import EncodePool
-from service.engine import EngineClosed, Order, Picture, QueueFull
-from service.errors import ApiError
-from service.registry import Model, Registry
-from service.schemas import Plan
-from service.settings import LARGEST_SEED, Settings
+from service.encode import Format
+from service.engine import Engine, QueueFull
+from service.errors import ApiError, deadline_exceeded, unsupported
+from service.idempotency import Gone
+from service.images import Drawing, Hub, counted, explain, order_of
+from service.registry import Model
+from service.scheduler import Priority
+from service.schemas import ImageRequest
+from service.settings import LARGEST_SEED
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
-WATCH_S = 0.05
-"""How often a waiting request looks whether its client is still there."""
-
-
-class Disconnected(Exception):
-    """The client has gone; its pictures were given up."""
-
-
-@dataclass
-class Hub:
-    """What the routes share."""
-
-    settings: Settings
-    registry: Registry
-    pool: EncodePool
+__all__ = ["Hub", "build"]
 
 
 def build(hub: Hub) -> FastAPI:
@@ -74,13 +54,21 @@ def build(hub: Hub) -> FastAPI:
         return JSONResponse(describe(hub.registry.get(name), hub))
 
     @web.post("/v1/images/generations")
-    async def generations(request: Request) -> JSONResponse:
-        content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            text = f"content-type is {content_type[:80]!r}; send application/json"
-            raise ApiError(415, text, code="unsupported_media_type")
-        body = await request.body()
-        return JSONResponse(await counted(hub, lambda: images(hub, request, body)))
+    async def generations(request: Request) -> Response:
+        return await generate(hub, request)
+
+    @web.post("/v1/estimate")
+    async def estimated(request: Request) -> JSONResponse:
+        return JSONResponse(estimate(hub, request, await json_body(request)))
+
+    @web.get("/v1/queue")
+    async def queue() -> JSONResponse:
+        hub.registry.get(None)
+        return JSONResponse({"object": "list", "data": [describe_queue(engine) for engine in hub.registry.engines]})
+
+    @web.post("/v1/requests/{request_id}/cancel")
+    async def cancel(request: Request, request_id: str) -> JSONResponse:
+        return JSONResponse(give_up(hub, request.scope[STATE].owner, request_id))
 
     return web
 
@@ -114,6 +102,9 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "output_formats": ["png", "jpeg", "webp"],
             "seed_max": LARGEST_SEED,
             "deterministic": True,
+            "stream": True,
+            "max_partial_images": 3,
+            "priorities": list(get_args(Priority)),
             "runtime": able.runtime,
             "runtime_version": able.version,
             "precision": able.precision,
@@ -123,119 +114,98 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "step_ms": list(able.step_ms),
         },
         "examples": list(manifest.examples),
-        "digest": model.bundle.digest,
+        "digest": model.digest,
     }
 
 
-async def counted(hub: Hub, work: Callable[[], Awaitable[T]]) -> T:
-    """Run ``work`` and count how it ended, whatever that was."""
-    outcome, start, label = "error", time.perf_counter(), hub.registry.label
-    try:
-        result = await work()
-        outcome = "ok"
-        metrics.REQUEST_SECONDS.labels(label).observe(time.perf_counter() - start)
-        return result
-    except Disconnected:
-        outcome = "disconnected"
-        raise ApiError(408, "the client closed the connection", code="client_disconnected") from None
-    except ApiError as error:
-        outcome = {429: "rejected", 503: "unavailable"}.get(error.status, "invalid" if error.status < 500 else "error")
-        raise
-    finally:
-        metrics.REQUESTS.labels(label, outcome).inc()
+async def json_body(request: Request) -> bytes:
+    """The body of a request that says it is JSON, or says nothing."""
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        text = f"content-type is {content_type[:80]!r}; send application/json"
+        raise ApiError(415, text, code="unsupported_media_type")
+    return await request.body()
 
 
-async def images(hub: Hub, request: Request, body: bytes) -> dict[str, Any]:
-    """OpenAI's answer to a request for pictures."""
-    asked = schemas.parse(body)
+async def generate(hub: Hub, request: Request) -> Response:
+    """POST /v1/images/generations: JSON, or a stream, or the bare file; once per Idempotency-Key if there is one."""
+    body = await json_body(request)
+    state: RequestState = request.scope[STATE]
+    with counted(hub) as count:
+        asked = schemas.parse(body)
+        file_format = answers.wants_file(request, asked)
+        key = request.headers.get("idempotency-key")
+        if asked.stream and key is not None:
+            raise unsupported("stream", "stream is true with an Idempotency-Key; a stream cannot be given twice")
+        if asked.stream:
+            drawing = begin(hub, asked, state)
+            count.postponed = True
+            return answers.as_events(hub, drawing, request)
+        answer = answers.as_json if file_format is None else answers.as_file
+
+        async def work(gone: Gone) -> Response:
+            return await answer(begin(hub, asked, state, file_format), gone)
+
+        if key is None:
+            return await work(request.is_disconnected)
+        return await hub.replies.once(state.owner, key, body, work, request.is_disconnected)
+
+
+def begin(hub: Hub, asked: ImageRequest, state: RequestState, file_format: Format | None = None) -> Drawing:
+    """Check a request against its model and hand it to the engine. Raises ApiError."""
+    if file_format is not None:
+        asked = asked.model_copy(update={"output_format": file_format})
+    model = hub.registry.get(asked.model)
+    return Drawing(hub, model, schemas.plan(asked, model.bundle.manifest, hub.settings), state)
+
+
+def estimate(hub: Hub, request: Request, body: bytes) -> dict[str, Any]:
+    """What a request for pictures would cost and when it would be done, without doing it."""
+    asked, state = schemas.parse(body), request.scope[STATE]
     model = hub.registry.get(asked.model)
     plan = schemas.plan(asked, model.bundle.manifest, hub.settings)
-    start, request_id = time.perf_counter(), request.scope[STATE].request_id
-    tokens = model.runtime.tokenize([plan.prompt])
-    pictures = await pictures_of(model, plan, request)
-    encoded = await asyncio.gather(
-        *(hub.pool.encode(picture.pixels, plan.output_format, plan.compression) for picture in pictures)
-    )
-    for _, milliseconds in encoded:
-        metrics.stage(model.name, "encode_image", milliseconds)
-    answer = {
-        "created": int(time.time()),
-        "id": f"img_{secrets.token_hex(12)}",
-        "model": model.name,
-        "background": "opaque",
-        "output_format": plan.output_format,
-        "quality": plan.quality,
-        "size": f"{plan.size[0]}x{plan.size[1]}",
-        "data": [
-            {"b64_json": base64.b64encode(data).decode("ascii"), "seed": picture.seed}
-            for picture, (data, _) in zip(pictures, encoded, strict=True)
-        ],
-        "usage": {
-            "input_tokens": tokens.kept[0],
-            "input_tokens_details": {"text_tokens": tokens.kept[0], "image_tokens": 0},
-            "output_tokens": 0,
-            "total_tokens": tokens.kept[0],
-        },
-        "metrics": timings(plan, pictures, [milliseconds for _, milliseconds in encoded], start),
-        "ignored": list(plan.ignored),
-        "warnings": [],
-    }
-    if tokens.counts[0] > tokens.kept[0]:
-        text = f"prompt was truncated: it has {tokens.counts[0]} tokens, {model.name} reads the first {tokens.kept[0]}"
-        answer["warnings"] = [text]
-        logger.warning("request %s: %s", request_id, text)
-    logger.info(
-        "request %s: %d x %s, seed %d, %d steps, %.1f ms",
-        request_id,
-        len(pictures),
-        answer["size"],
-        plan.seeds[0],
-        plan.steps,
-        (time.perf_counter() - start) * 1e3,
-    )
-    return answer
-
-
-def timings(plan: Plan, pictures: Sequence[Picture], encode_ms: Sequence[float], start: float) -> dict[str, Any]:
-    """Milliseconds per stage; with several pictures each stage is that of its slowest picture."""
-    stages = {
-        "queue_ms": max(p.queue_ms for p in pictures),
-        "encode_text_ms": max(p.encode_text_ms for p in pictures),
-        "denoise_ms": max(p.denoise_ms for p in pictures),
-        "decode_ms": max(p.decode_ms for p in pictures),
-        "encode_image_ms": max(encode_ms),
-        "total_ms": (time.perf_counter() - start) * 1e3,
-    }
-    batch = max(p.largest_batch for p in pictures)
-    return {**{name: round(value, 2) for name, value in stages.items()}, "steps": plan.steps, "batch": batch}
-
-
-async def pictures_of(model: Model, plan: Plan, request: Request) -> list[Picture]:
-    """The pictures of a plan, in the order of its seeds.
-
-    Raises ApiError (429 full, 503 closing, 500 failed) and Disconnected; in each case no row stays behind.
-    """
-    state: RequestState = request.scope[STATE]
+    error: ApiError | None = None
+    eta_ms, position = None, None
     try:
-        rows = model.engine.submit(Order(model.name, plan.prompt, plan.seeds, plan.steps, plan.size, state.request_id))
+        ahead = model.engine.forecast(order_of(model, plan, state, plan.seeds))
+        eta_ms, position = round(ahead.seconds * 1e3, 1), ahead.position
+        if plan.deadline_s is not None and ahead.seconds > plan.deadline_s:
+            error = deadline_exceeded(plan.deadline_s, ahead.seconds)
     except QueueFull as full:
-        raise errors.queue_full(full.waiting, full.retry_after_s) from None
-    except EngineClosed as closed:
-        raise errors.unavailable(str(closed), "draining", retry_after_s=5) from None
-    waiting = asyncio.gather(*(asyncio.wrap_future(row) for row in rows))
-    try:
-        while not (await asyncio.wait({waiting}, timeout=WATCH_S))[0]:
-            if await request.is_disconnected():
-                raise Disconnected
-        return list(waiting.result())
-    except EngineClosed as closed:
-        raise errors.unavailable(str(closed), "draining", retry_after_s=5) from None
-    except (Disconnected, asyncio.CancelledError):
-        raise
-    except Exception:
-        # The engine has logged what happened, with this request id.
-        raise errors.internal(state.request_id) from None
-    finally:
-        waiting.cancel()
-        for row in rows:
-            row.cancel()
+        error = explain(full, plan, state)
+    return {
+        "object": "estimate",
+        "model": model.name,
+        "admitted": error is None,
+        "error": None if error is None else error.body()["error"],
+        "retry_after_ms": None if error is None else int(error.headers["retry-after-ms"]),
+        "queue_position": position,
+        "eta_ms": eta_ms,
+        "cost_ms": round(model.engine.cost_s(order_of(model, plan, state, plan.seeds)) * 1e3, 1),
+        "steps": plan.steps,
+        "size": f"{plan.size[0]}x{plan.size[1]}",
+        "n": len(plan.seeds),
+    }
+
+
+def describe_queue(engine: Engine) -> dict[str, Any]:
+    """How much there is to do on a device."""
+    waiting, running, work_s = engine.load()
+    return {
+        "device": engine.device,
+        "models": engine.models,
+        "waiting": waiting,
+        "running": running,
+        "work_ms": round(work_s * 1e3, 1),
+    }
+
+
+def give_up(hub: Hub, owner: str, request_id: str) -> dict[str, Any]:
+    """Cancel what a request of this owner is waiting for; its rows leave at their next step."""
+    drawings = hub.running.get((owner, request_id), [])
+    if not drawings:
+        text = f"no request {request_id[:64]!r} is running; its id is the x-request-id that you sent with it"
+        raise ApiError(404, text, code="not_found")
+    for drawing in drawings:
+        drawing.cancel()
+    return {"id": request_id, "object": "request.cancelled", "cancelled": True}

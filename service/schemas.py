@@ -19,10 +19,11 @@ from pydantic_core import ErrorDetails
 from distill.bundle import Manifest
 from service.encode import Format
 from service.errors import ApiError, invalid, unsupported
+from service.scheduler import Priority
 from service.settings import LARGEST_SEED, Settings
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
-IGNORED = ("user", "safety_identifier", "moderation", "style", "background", "partial_images")
+IGNORED = ("user", "safety_identifier", "moderation", "style", "background")
 ALIASES = {"num_inference_steps": "steps"}
 SHOWN_CHARS = 60
 
@@ -43,8 +44,12 @@ class ImageRequest(BaseModel):
     output_format: Format = Field(default="png", description="png, jpeg or webp")
     output_compression: int | None = Field(default=None, ge=0, le=100, description="a whole number from 0 to 100")
     background: Literal["auto", "opaque", "transparent"] = Field(default="auto", description="auto or opaque")
-    stream: bool = Field(default=False, description="false")
+    stream: bool = Field(default=False, description="true or false")
     partial_images: int = Field(default=0, ge=0, le=3, description="a whole number from 0 to 3")
+    progress: bool = Field(default=False, description="true or false")
+    priority: Priority = Field(default="normal", description="high, normal or low")
+    deadline_ms: int | None = Field(default=None, ge=1, le=3_600_000, description="milliseconds from 1 to 3600000")
+    cache: bool = Field(default=True, description="true or false")
     user: str | None = Field(default=None, description="a text")
     safety_identifier: str | None = Field(default=None, description="a text")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="auto or low")
@@ -63,6 +68,14 @@ class Plan:
     output_format: Format
     compression: int | None
     ignored: tuple[str, ...]
+    stream: bool = False
+    partial_images: int = 0
+    progress: bool = False
+    """Of a stream: whether events tell the place in the queue, the time to go and the steps done."""
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+    cache: bool = True
+    """Whether the encoded prompt and the files may come from a cache and stay in it."""
 
 
 def parse(body: bytes) -> ImageRequest:
@@ -117,6 +130,8 @@ def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
         ignored.append("output_compression")
     if request.steps is not None and request.quality != "auto":
         ignored.append("quality")
+    if not request.stream:
+        ignored += [name for name in ("partial_images", "progress") if name in request.model_fields_set]
     return Plan(
         prompt=check_prompt(request.prompt, settings),
         seeds=tuple(range(seed, seed + request.n)),
@@ -124,8 +139,14 @@ def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
         size=_size(request.size, manifest),
         quality=request.quality,
         output_format=request.output_format,
-        compression=request.output_compression,
+        compression=request.output_compression if request.output_format != "png" else None,
         ignored=tuple(ignored),
+        stream=request.stream,
+        partial_images=request.partial_images,
+        progress=request.progress,
+        priority=request.priority,
+        deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
+        cache=request.cache,
     )
 
 
@@ -153,10 +174,8 @@ def steps_of_quality(quality: str, manifest: Manifest) -> int:
 
 
 def _check_operations(request: ImageRequest) -> None:
-    if request.stream:
-        raise unsupported(
-            "stream", "stream is true; this server does not stream pictures yet, send false or leave it out"
-        )
+    if request.stream and request.n > 1:
+        raise unsupported("n", f"n is {request.n}; a stream carries one picture, send one request per picture")
     if request.response_format == "url":
         raise unsupported("response_format", "response_format is 'url'; this server keeps no pictures, use 'b64_json'")
     if request.background == "transparent":

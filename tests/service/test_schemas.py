@@ -65,6 +65,8 @@ def test_fields_without_effect_are_listed(manifest: Manifest) -> None:
     result = planned(manifest, user="me", style="vivid", steps=4, quality="hd", output_compression=50)
     assert set(result.ignored) == {"user", "style", "quality", "output_compression"}
     assert result.steps == 4
+    assert planned(manifest, partial_images=2, progress=True).ignored == ("partial_images", "progress")
+    assert planned(manifest, partial_images=2, progress=True, stream=True).ignored == ()
     assert planned(manifest, output_format="jpeg", output_compression=50).ignored == ()
 
 
@@ -110,7 +112,10 @@ def test_aliases_and_sizes(manifest: Manifest) -> None:
         ({"quality": "best"}, "quality", "invalid_value", "quality is 'best'"),
         ({"output_format": "gif"}, "output_format", "invalid_value", "png, jpeg or webp"),
         ({"output_compression": 101}, "output_compression", "invalid_value", "from 0 to 100"),
-        ({"stream": True}, "stream", "unsupported_operation", "does not stream"),
+        ({"stream": True, "n": 2}, "n", "unsupported_operation", "a stream carries one picture"),
+        ({"priority": "urgent"}, "priority", "invalid_value", "high, normal or low"),
+        ({"deadline_ms": 0}, "deadline_ms", "invalid_value", "deadline_ms is 0"),
+        ({"partial_images": 4}, "partial_images", "invalid_value", "from 0 to 3"),
         ({"response_format": "url"}, "response_format", "unsupported_operation", "b64_json"),
         ({"background": "transparent"}, "background", "unsupported_operation", "opaque"),
     ],

@@ -1,0 +1,92 @@
+"""The outermost layer by itself: who is answered on which address, owners, labels of metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from service.edge import STATE, Edge, is_loopback, metric_path
+from service.settings import Settings
+
+
+class Inner:
+    """Remembers the scope that came through."""
+
+    scope: Scope | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        await PlainTextResponse("through")(scope, receive, send)
+
+
+def ask(settings: Settings, server: tuple[str, int | None] | None, **headers: str) -> tuple[int, dict[str, Any], Inner]:
+    inner, sent = Inner(), list[Message]()
+    scope: Scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/models",
+        "server": server,
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(Edge(inner, settings)(scope, receive, send))
+    body = sent[1]["body"]
+    return sent[0]["status"], json.loads(body) if body.startswith(b"{") else {}, inner
+
+
+LOCAL = [("127.0.0.1", 3000), ("::1", 3000), ("localhost", 3000), ("/run/leapfrog.sock", None), None]
+PUBLIC = [("10.1.2.3", 3000), ("0.0.0.0", 3000), ("2001:db8::1", 3000), ("example.org", 443)]
+
+
+@pytest.mark.parametrize("server", LOCAL)
+def test_without_keys_this_machine_is_answered(server: tuple[str, int | None] | None) -> None:
+    assert is_loopback(server)
+    assert ask(Settings(), server)[0] == 200
+
+
+@pytest.mark.parametrize("server", PUBLIC)
+def test_without_keys_nobody_else_is_unless_told_to(server: tuple[str, int]) -> None:
+    assert not is_loopback(server)
+    status, body, inner = ask(Settings(), server)
+    assert (status, body["error"]["code"]) == (403, "forbidden")
+    assert "LEAPFROG_API_KEYS" in body["error"]["message"]
+    assert inner.scope is None
+    assert ask(Settings(public=True), server)[0] == 200
+
+
+@pytest.mark.parametrize("server", PUBLIC)
+def test_with_keys_the_key_decides(server: tuple[str, int]) -> None:
+    settings = Settings(api_keys=("alpha", "beta"))
+    assert ask(settings, server)[0] == 401
+    assert ask(settings, server, authorization="Bearer beta")[0] == 200
+
+
+def test_owners_differ_by_key_and_do_not_tell_it() -> None:
+    settings = Settings(api_keys=("alpha", "beta"))
+    owners = set()
+    for key in settings.api_keys:
+        _, _, inner = ask(settings, LOCAL[0], authorization=f"Bearer {key}")
+        assert inner.scope is not None
+        owners.add(inner.scope[STATE].owner)
+    assert len(owners) == 2
+    assert not any(key in owner for owner in owners for key in settings.api_keys)
+    _, _, anonymous = ask(Settings(), LOCAL[0])
+    assert anonymous.scope is not None
+    assert anonymous.scope[STATE].owner == ""
+
+
+def test_labels_of_metrics_are_templates() -> None:
+    assert metric_path("/v1/queue") == "/v1/queue"
+    assert metric_path("/v1/requests/abc/cancel") == "/v1/requests/{id}/cancel"
+    assert metric_path("/v1/requests/abc") == "/{unknown}"

@@ -1,0 +1,51 @@
+"""Previews: the linear map, sizes, and the steps at which they are shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.preview import preview, preview_steps
+
+MATRIX = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.5))
+"""Two channels and a constant: red, green, and a blue of 0.5."""
+
+
+def test_colours_are_the_linear_map_of_the_latents() -> None:
+    x0 = np.zeros((2, 4, 4), dtype=np.float32)
+    x0[0, :, :2], x0[1, :, 2:] = 1.0, -1.0
+    picture = preview(x0, MATRIX, (4, 4))
+    assert picture.dtype == np.uint8
+    assert picture[0, 0].tolist() == [255, 128, 191]
+    assert picture[3, 3].tolist() == [128, 0, 191]
+
+
+def test_values_beyond_the_range_are_clipped_and_nan_is_grey() -> None:
+    x0 = np.stack([np.full((1, 1), 9.0), np.full((1, 1), np.nan)]).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        assert preview(x0[:1], ((1.0, 0.0, 0.0), (0.0, 0.0, 0.5)), (1, 1))[0, 0].tolist() == [255, 128, 191]
+        assert preview(x0[1:], ((1.0, 0.0, 0.0), (0.0, 0.0, 0.5)), (1, 1))[0, 0].tolist() == [128, 128, 128]
+    assert preview(np.full((2, 1, 1), -9.0, dtype=np.float32), MATRIX, (1, 1))[0, 0].tolist() == [0, 0, 191]
+
+
+@pytest.mark.parametrize(("size", "shape"), [((64, 64), (64, 64)), ((1024, 512), (128, 256)), ((96, 64), (64, 96))])
+def test_previews_are_as_large_as_the_picture_up_to_a_limit(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    assert preview(np.zeros((2, 16, 16), dtype=np.float32), MATRIX, size).shape == (*shape, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "shown"),
+    [
+        (1, 3, []),
+        (2, 3, [1]),
+        (4, 0, []),
+        (4, 1, [2]),
+        (4, 2, [1, 3]),
+        (4, 3, [1, 2, 3]),
+        (8, 1, [4]),
+        (8, 3, [2, 4, 6]),
+    ],
+)
+def test_previews_are_spread_over_the_steps(steps: int, wanted: int, shown: list[int]) -> None:
+    assert list(preview_steps(steps, wanted)) == shown
+    assert list(preview_steps(steps, wanted).values()) == list(range(len(shown)))
