@@ -219,17 +219,20 @@ class DistillRecipe(Base):
     )
     student: Optimizer
     fake: Optimizer
-    discriminator: Optimizer | None = Field(None, description="with gan; None: as the fake's")
+    discriminator: Optimizer | None = Field(None, description="with gan or foundation_gan; None: as the fake's")
     advantage: options.Advantage | None = None
     adaptation: options.Adaptation | None = None
     sharpening: options.Sharpening | None = None
     safeguards: options.Safeguards = options.Safeguards()
     regression: options.Regression | None = None
     gan: options.Gan | None = None
+    foundation_gan: options.FoundationGan | None = None
     decoupled: options.Decoupled | None = None
     reward_weighting: options.RewardWeighting | None = None
     reward_gradient: options.RewardGradient | None = None
     reward_tilt: options.RewardTilt | None = None
+    policy_gradient: options.PolicyGradient | None = None
+    consistency: options.Consistency | None = None
     dynamic_renoising: options.DynamicRenoising | None = None
     shared_teacher: options.SharedTeacher | None = None
     implicit_alignment: options.ImplicitAlignment | None = None
@@ -254,8 +257,20 @@ class DistillRecipe(Base):
         for key in ("reward_weighting", "reward_gradient", "reward_tilt"):
             if getattr(self, key) and self.advantage is None:
                 raise ValueError(f"{key} needs a reward; add advantage.reward, with advantage.group 1 if alone")
-        if self.discriminator and not self.gan:
-            raise ValueError("discriminator is an optimizer without a role; add gan, or drop it")
+        if self.policy_gradient and (not grouped or self.sampler != "stochastic" or max(self.steps) == 1):
+            raise ValueError(
+                "policy_gradient compares the ends of a prompt's roll-outs through a noisy step; add an advantage with "
+                "a group of 2 or more, sampler: stochastic, and a number of steps above 1"
+            )
+        if self.advantage and self.advantage.when == "student" and self.sharpening and self.ttur == "alternating":
+            raise ValueError(
+                "advantage.when student leaves the fake score without rewards under ttur alternating, so sharpening "
+                "would do nothing; use when: always, or ttur: every"
+            )
+        if self.discriminator and not (self.gan or self.foundation_gan):
+            raise ValueError("discriminator is an optimizer without a role; add gan or foundation_gan, or drop it")
+        if self.gan and self.foundation_gan:
+            raise ValueError("gan and foundation_gan would share one discriminator; drop one")
         if self.divergence and not self.gan:
             raise ValueError("divergence reads the discriminator's density ratio; add gan")
         if self.sub_interval and self.dynamic_renoising:

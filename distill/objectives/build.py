@@ -9,14 +9,17 @@ from distill.config import DistillRecipe
 from distill.math import squash
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening, RewardWeight
 from distill.objectives.decoupled import DecoupledRenoising
+from distill.objectives.deviation import ShrunkDeviation
 from distill.objectives.diversity import FirstStepAnchor
 from distill.objectives.dmdr import BetaRenoising, RewardGradient
 from distill.objectives.fdistill import DivergenceWeight
+from distill.objectives.features import load_perception
+from distill.objectives.foundation import FoundationAdversary
 from distill.objectives.gan import Adversary
 from distill.objectives.options import GapGuard
 from distill.objectives.plan import Hook, Roles
 from distill.objectives.regression import OdeRegression
-from distill.objectives.rtdmd import RewardTilt
+from distill.objectives.rtdmd import PolicyGradient, RewardTilt, ScoreConsistency
 from distill.objectives.safeguards import CoherenceGate, DiversityWatch, GuidanceCeiling, Ramp, RewardGap, TwoKey
 from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
 from distill.objectives.step_aware import StepAwareFake
@@ -36,6 +39,7 @@ def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: t
                 steps=regression.steps,
                 guidance=recipe.guidance,
                 seed=recipe.seed,
+                look=load_perception(regression.features) if regression.features else None,
             )
         )
     if gan := recipe.gan:
@@ -54,6 +58,9 @@ def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: t
             )
     if recipe.step_aware_fake:
         hooks.append(StepAwareFake(roles, recipe.steps))
+    if foundation := recipe.foundation_gan:
+        look = load_perception(foundation.features)
+        hooks.append(FoundationAdversary(roles, look, **foundation.model_dump(exclude={"features"}), seed=recipe.seed))
     if recipe.decoupled:
         hooks.append(DecoupledRenoising())
     if weighting := recipe.reward_weighting:
@@ -62,6 +69,10 @@ def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: t
         hooks.append(RewardGradient(roles, reward, **gradient.model_dump()))
     if tilt := recipe.reward_tilt:
         hooks.append(RewardTilt(roles, reward, **tilt.model_dump()))
+    if (policy := recipe.policy_gradient) and recipe.advantage:
+        hooks.append(PolicyGradient(roles, reward, group=recipe.advantage.group, **policy.model_dump()))
+    if consistency := recipe.consistency:
+        hooks.append(ScoreConsistency(roles, **consistency.model_dump()))
     if renoising := recipe.dynamic_renoising:
         hooks.append(BetaRenoising(**renoising.model_dump()))
     if shared := recipe.shared_teacher:
@@ -83,6 +94,15 @@ def _amd(recipe: DistillRecipe) -> list[Hook]:
     advantage = recipe.advantage
     if advantage is None:
         return hooks
+    if advantage.shrinkage and advantage.group > 1:
+        hooks.append(
+            ShrunkDeviation(
+                group=advantage.group,
+                shrinkage=advantage.shrinkage,
+                decay=advantage.decay,
+                floor=advantage.sigma_floor,
+            )
+        )
     squashed = partial(squash, kind=advantage.squash, bound=advantage.bound)
     if recipe.adaptation:
         hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength, squash=squashed))

@@ -14,10 +14,11 @@ from distill.objectives.decoupled import DecoupledRenoising
 from distill.objectives.diversity import FirstStepAnchor
 from distill.objectives.dmdr import BetaRenoising, RewardGradient
 from distill.objectives.fdistill import DivergenceWeight
+from distill.objectives.foundation import FoundationAdversary
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Hook
 from distill.objectives.regression import OdeRegression
-from distill.objectives.rtdmd import RewardTilt
+from distill.objectives.rtdmd import PolicyGradient, RewardTilt, ScoreConsistency
 from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
 from distill.objectives.step_aware import StepAwareFake
 from distill.objectives.tdm import SubIntervalMatching
@@ -28,11 +29,14 @@ HOOKS: dict[str, type[Hook]] = {
     "sharpening": RepulsiveSharpening,
     "regression": OdeRegression,
     "gan": Adversary,
+    "foundation_gan": FoundationAdversary,
     "divergence": DivergenceWeight,
     "decoupled": DecoupledRenoising,
     "reward_weighting": RewardWeight,
     "reward_gradient": RewardGradient,
     "reward_tilt": RewardTilt,
+    "policy_gradient": PolicyGradient,
+    "consistency": ScoreConsistency,
     "dynamic_renoising": BetaRenoising,
     "shared_teacher": SharedTeacher,
     "implicit_alignment": ImplicitAlignment,
@@ -77,9 +81,24 @@ METHODS: dict[str, Method] = {
         "2503.06674",
         {"fake_per_student": 1, "sampler": "deterministic", "sub_interval": {}, "step_aware_fake": True},
     ),
-    "senseflow": Method("SenseFlow", "2506.00523", {"implicit_alignment": {}, "segment_guidance": {}}),
+    "senseflow": Method(
+        "SenseFlow",
+        "2506.00523",
+        {
+            "implicit_alignment": {},
+            "segment_guidance": {},
+            "foundation_gan": {"features": "models/scenes-clip"},
+        },
+    ),
     "dp-dmd": Method("DP-DMD", "2602.03139", {"first_step_anchor": {}}),
-    "rtdmd": Method("RTDMD", "2605.26108", {"reward_tilt": {"beta": 1.0}}, reward=True),
+    "ac-dmd": Method("AC-DMD", "2605.26108", {"sub_interval": {}, "consistency": {}}),
+    "rtdmd": Method(
+        "RTDMD",
+        "2605.26108",
+        {"sub_interval": {}, "consistency": {}, "policy_gradient": {"weight": 1.0}, "reward_gradient": {}},
+        reward=True,
+    ),
+    "tilted": Method("RTDMD's target in one displacement", "2605.26108", {"reward_tilt": {"beta": 1.0}}, reward=True),
     "f-distill": Method("f-distill", "2502.15681", {"gan": {}, "divergence": {}}),
     "dsa": Method("AMD, adaptation alone", "2602.07345", {"adaptation": {}}, reward=True),
     "rls": Method("AMD, sharpening alone", "2602.07345", {"sharpening": {}}, reward=True),

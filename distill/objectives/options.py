@@ -21,6 +21,18 @@ class Advantage(Strict):
     baseline: Literal["mean", "leave-one-out"] = Field("mean", description="of the group; the paper's is the mean")
     squash: Literal["clip", "tanh"] = Field("clip", description="what makes ã of a; the paper clips")
     bound: float = Field(1.0, gt=0, description="ã lies in [−bound, bound]; 1 is inferred from the paper's weights")
+    shrinkage: Fraction = Field(
+        0.0, description="share of the running variance in σ²; the paper's σ is the group's own"
+    )
+    decay: Decay = Field(0.98, description="of that running variance")
+    when: Literal["always", "student", "last-step"] = Field(
+        "always",
+        description="what is decoded and scored: every sample, those of iterations with the student, or those of the "
+        "last step of a grid; a is 0 for the others, which is DMD2",
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="of the prompts of a micro-batch that are scored; a is 0 for others"
+    )
 
 
 class Adaptation(Strict):
@@ -42,6 +54,9 @@ class Regression(Strict):
     weight: float = Field(0.25, ge=0)
     pairs: int = Field(1000, ge=1, description="size of the fixed set")
     steps: Steps = Field(50, description="of the teacher")
+    features: str | None = Field(
+        None, description="folder of a frozen network in whose feature maps pictures are compared; None: latents"
+    )
 
 
 class Gan(Strict):
@@ -55,6 +70,15 @@ class Gan(Strict):
     r1: float = Field(0.0, ge=0, description="γ of (γ/2)·‖∇D‖² at real samples; DMD2 has none")
     r1_form: Literal["exact", "finite"] = Field("exact", description="second backward pass, or finite difference")
     r1_delta: float = Field(0.01, gt=0, description="of the finite difference")
+
+
+class FoundationGan(Strict):
+    """SenseFlow: a discriminator on a frozen tower's features of clean pictures; its optimizer is ``discriminator``."""
+
+    features: str = Field(description="folder of the tower, a CLIPModel or a digit classifier")
+    weight: float = Field(5e-3, ge=0, description="of the student's loss; the paper's is unknown, this is DMD2's")
+    width: int = Field(64, ge=1, description="of the heads' hidden layer")
+    ramp: int = Field(0, ge=0, description="iterations in which weight grows from 0")
 
 
 class Decoupled(Strict):
@@ -131,6 +155,20 @@ class RewardTilt(Strict):
 
     beta: float = Field(gt=0, description="per point of the reward; one over its deviation is AMD's temperature")
     deviation: float = Field(1.0, gt=0, description="of the data per dimension, in latents")
+
+
+class Consistency(Strict):
+    """RTDMD's cold start: the fake score agrees with itself along the reverse process."""
+
+    weight: float = Field(0.01, ge=0)
+    span: Fraction = Field(0.2, gt=0, description="longest step back, as a fraction of the time axis")
+
+
+class PolicyGradient(Strict):
+    """RTDMD's and DMDR's reward term without the reward's gradient: SubGRPO on the student's stochastic steps."""
+
+    weight: float = Field(gt=0, description="of −a·log p, log p being −mean‖x_{k+1} − α·x̂‖²")
+    bound: float = Field(5.0, gt=0, description="|a| at most")
 
 
 class Divergence(Strict):

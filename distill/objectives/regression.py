@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.objectives.features import Perception
 from distill.objectives.ode import CLEAN, follow
 from distill.objectives.plan import Hook, Roles, Rollout, Terms
 
@@ -16,15 +17,26 @@ CHUNK = 32
 class OdeRegression(Hook):
     """λ·E‖G(z, c) − y‖² on pairs (z, y) of noise and the end of the teacher's guided ODE, from a fixed set.
 
-    λ = 0.25 is the paper's (high confidence); it measures LPIPS of decoded pictures, this the mean square in latents,
-    because LPIPS needs weights from elsewhere. G is the student's first step, which all of its grids share.
+    λ = 0.25 is the paper's (high confidence). It measures LPIPS of decoded pictures; this the mean square in latents
+    or, with ``look``, the distance of decoded pictures in the feature maps of a frozen network, in LPIPS' form but
+    without its learned weights, which come from elsewhere. G is the student's first step, which all of its grids share.
     Pairs are made in chunks of a fixed composition when they are first drawn, so that a resumed run finds the same.
     """
 
     terms = Terms(extra="λ·‖G(z) − y‖² on ODE pairs")
 
-    def __init__(self, roles: Roles, *, weight: float, pairs: int, steps: int, guidance: float, seed: int) -> None:
-        self.roles, self.weight, self.pairs, self.guidance = roles, weight, pairs, guidance
+    def __init__(
+        self,
+        roles: Roles,
+        *,
+        weight: float,
+        pairs: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        look: Perception | None = None,
+    ) -> None:
+        self.roles, self.weight, self.pairs, self.guidance, self.look = roles, weight, pairs, guidance, look
         self.path = [*(float(t) for t in roles.family.schedule.grid(steps)), CLEAN]
         self.prompts: list[Any] = roles.samples.conditions(0, seed + 1_000_003, pairs)
         rng = torch.Generator().manual_seed(seed)
@@ -48,6 +60,12 @@ class OdeRegression(Hook):
         family = self.roles.family
         t = torch.full((len(z),), family.schedule.t_max, dtype=torch.float64)
         x = family.predict(self.roles.student, z, t, family.encode([self.prompts[i] for i in index])).x0
-        loss: Tensor = (x.float() - y.float()).pow(2).mean()
+        loss = self._distance(x.float(), y.float())
         rollout.telemetry["regression"] = loss.detach()
         return self.weight * loss
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.look is None:
+            return (x - y).pow(2).mean()
+        with torch.autocast(x.device.type, enabled=False):
+            return self.look.distance(self.roles.family.decode(x), self.roles.family.decode(y)).mean()

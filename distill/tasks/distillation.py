@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class DistillationTask:
     def phases(self, iteration: int) -> list[Phase]:
         self._rollouts = {}
         r = self.recipe
-        trains_student = iteration >= r.fake_warmup and (iteration - r.fake_warmup) % r.fake_per_student == 0
+        trains_student = self._trains_student(iteration)
         phases = []
         if trains_student:
             phases.append(Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step))
@@ -90,6 +91,10 @@ class DistillationTask:
                 phases.append(Phase("discriminator", self._discriminator))
         last = phases.pop()
         return [*phases, replace(last, after=lambda: self._after_iteration(last.after))]
+
+    def _trains_student(self, iteration: int) -> bool:
+        since = iteration - self.recipe.fake_warmup
+        return since >= 0 and since % self.recipe.fake_per_student == 0
 
     def _after_student_step(self) -> None:
         for hook in self.hooks:
@@ -217,23 +222,34 @@ class DistillationTask:
     def _score(self, rollout: Rollout) -> None:
         """Give a rollout its rewards, raw group advantages and held-out scores.
 
-        A reward that is not finite is counted, and its advantage is 0.
+        A reward that is not finite is counted, and its advantage is 0. Samples that the recipe does not score have NaN
+        for a reward and advantage 0.
         """
         settings = self.recipe.advantage
         if settings is None or self.reward is None:
             raise ValueError("this recipe has no reward; add advantage.reward")
-        with autocast(self.recipe.precision):
-            images = to_uint8(self.family.decode(rollout.samples))
-        self.passes.count("reward", len(images))
-        scores = self.reward.score(images, rollout.prompts).float()
-        finite = scores.isfinite()
-        rewards = torch.where(finite, scores, torch.nan)
+        total, count = len(rollout.x), self._scored(rollout)
+        nothing = torch.full((total,), torch.nan)
+        rewards, held = nothing.clone(), {judge.name: nothing.clone() for judge in self.heldout}
+        if count:
+            with autocast(self.recipe.precision):
+                images = to_uint8(self.family.decode(rollout.samples[:count]))
+            self.passes.count("reward", count)
+            for judge, scores in ((self.reward, rewards), *((judge, held[judge.name]) for judge in self.heldout)):
+                scores[:count] = judge.score(images, rollout.prompts[:count]).float()
+        finite = rewards.isfinite()
+        rewards = torch.where(finite, rewards, torch.nan)
         rollout.rewards = lambda: rewards
-        rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": float((~finite).sum())}
-        for judge in self.heldout:
-            rollout.heldout[judge.name] = held = judge.score(images, rollout.prompts).float()
-            rollout.telemetry[f"heldout/{judge.name}"] = held[held.isfinite()].mean()
+        rollout.heldout = held
+        if count:
+            missing = count - float(finite.sum())
+            rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": missing}
+            for name, values in held.items():
+                rollout.telemetry[f"heldout/{name}"] = values[values.isfinite()].mean()
         if settings.group < 2:
+            return
+        if not count:
+            rollout.advantage = lambda: torch.zeros(total)
             return
         # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
         grouped = rewards.reshape(-1, settings.group)
@@ -248,15 +264,24 @@ class DistillationTask:
         for hook in self.hooks:
             advantage = hook.judge(rollout, advantage)
         rollout.advantage = lambda: advantage
-        squashed = squash(advantage, settings.squash, settings.bound)
+        squashed = squash(advantage[:count], settings.squash, settings.bound)
         rollout.telemetry |= {
             "advantage": squashed,
             "zone/low_reward": (squashed < -LOW).float().mean(),
             "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
-            "advantage_clipped": (advantage.abs() > settings.bound).float().mean(),
+            "advantage_clipped": (advantage[:count].abs() > settings.bound).float().mean(),
         }
         if rollout.index == rollout.steps - 1:  # earlier steps are blurred
             rollout.telemetry["diversity"] = group_diversity(rollout.samples, settings.group).mean()
+
+    def _scored(self, rollout: Rollout) -> int:
+        """How many of a rollout's samples, from the first on and in whole groups, the recipe wants scored."""
+        settings = self.recipe.advantage
+        assert settings is not None
+        last = rollout.index == rollout.steps - 1
+        wanted = {"always": True, "student": self._trains_student(rollout.iteration), "last-step": last}
+        prompts = len(rollout.x) // settings.group
+        return settings.group * ceil(settings.share * prompts) if wanted[settings.when] else 0
 
     # --- results ---------------------------------------------------------------------------------------------------
 

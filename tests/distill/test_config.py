@@ -145,6 +145,18 @@ def test_wrong_values_are_refused_by_key_and_value(tree: dict[str, Any], message
         (distil(safeguards={"reward_gap": {"tolerate": 2}}), "tolerate 2.0 is not below refuse 1.5"),
         (distil(safeguards={"diversity": {"refuse": 0.9}}), "refuse 0.9 is not below tolerate 0.8"),
         (distil(discriminator={"learning_rate": 1}), "discriminator is an optimizer without a role; add gan"),
+        (distil(gan={}, foundation_gan={"features": "f"}), "gan and foundation_gan would share one discriminator"),
+        (distil(policy_gradient={"weight": 1}), "policy_gradient compares the ends of a prompt's roll-outs"),
+        (distil(advantage={"reward": "r"}, policy_gradient={"weight": 1}, steps=[1]), "a number of steps above 1"),
+        (
+            distil(advantage={"reward": "r"}, policy_gradient={"weight": 1}, sampler="deterministic"),
+            "sampler: stochastic, and a number of steps above 1",
+        ),
+        (
+            distil(advantage={"reward": "r", "when": "student"}, sharpening={}, ttur="alternating"),
+            "advantage.when student leaves the fake score without rewards under ttur alternating",
+        ),
+        (distil(advantage={"reward": "r", "share": 0}), "advantage.share"),
         (distil(divergence={}), "divergence reads the discriminator's density ratio; add gan"),
         (distil(gan={}, divergence={"bounds": [2, 1]}), "bounds is (2.0, 1.0); give two positive numbers"),
         (distil(sub_interval={}, dynamic_renoising={}), "both choose where samples are re-noised; drop one"),

@@ -135,6 +135,23 @@ def test_reward_weighs_the_student_but_is_not_differentiated() -> None:
     assert torch.equal(gradients[0], gradients[1])
 
 
+def test_what_hooks_weigh_has_no_graph() -> None:
+    """Teacher and fake score are called without one, although both could be trained here."""
+    seen: list[Matching] = []
+
+    class Watching(Hook):
+        def student_weights(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
+            seen.append(matching)
+            return super().student_weights(rollout, matching)
+
+    roles = Roles()
+    roles.hooks.append(Watching())
+    roles.student_loss()
+    found = {name: value for name, value in vars(seen[0]).items() if isinstance(value, Tensor)}
+    assert found.keys() >= {"x_c", "x_f", "dm", "ca", "scale"}
+    assert [name for name, value in found.items() if value.requires_grad] == []
+
+
 def test_hooks_multiply_their_weights_and_add_their_losses() -> None:
     class Extra(Hook):
         def student_weights(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:

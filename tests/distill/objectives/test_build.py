@@ -11,13 +11,15 @@ from distill.config import parse_recipe
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening, RewardWeight
 from distill.objectives.build import hooks_of
 from distill.objectives.decoupled import DecoupledRenoising
+from distill.objectives.deviation import ShrunkDeviation
 from distill.objectives.diversity import FirstStepAnchor
 from distill.objectives.dmdr import BetaRenoising, RewardGradient
 from distill.objectives.fdistill import DivergenceWeight
+from distill.objectives.foundation import FoundationAdversary
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Hook, Roles
 from distill.objectives.regression import OdeRegression
-from distill.objectives.rtdmd import RewardTilt
+from distill.objectives.rtdmd import PolicyGradient, RewardTilt, ScoreConsistency
 from distill.objectives.safeguards import CoherenceGate, DiversityWatch, GuidanceCeiling, Ramp, RewardGap, TwoKey
 from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
 from distill.objectives.tdm import SubIntervalMatching
@@ -46,10 +48,15 @@ def hooks(roles: Roles, **sections: Any) -> list[Hook]:
         ({"regression": {"pairs": 4}}, [OdeRegression]),
         ({"gan": {}}, [Adversary]),
         ({"gan": {}, "divergence": {}}, [Adversary, DivergenceWeight]),
+        ({"foundation_gan": {"features": "models/digits-reward"}}, [FoundationAdversary]),
+        ({"regression": {"pairs": 4, "features": "models/digits-reward"}}, [OdeRegression]),
         ({"decoupled": {}}, [DecoupledRenoising]),
         ({**REWARD, "reward_weighting": {}}, [RewardWeight]),
         ({**REWARD, "reward_gradient": {}}, [RewardGradient]),
         ({**REWARD, "reward_tilt": {"beta": 1.0}}, [RewardTilt]),
+        ({**REWARD, "policy_gradient": {"weight": 1.0}}, [PolicyGradient]),
+        ({"advantage": {"reward": "r", "shrinkage": 0.5}, "adaptation": {}}, [ShrunkDeviation, DynamicScoreAdaptation]),
+        ({"consistency": {}}, [ScoreConsistency]),
         ({"dynamic_renoising": {}}, [BetaRenoising]),
         ({"shared_teacher": {}}, [SharedTeacher]),
         ({"implicit_alignment": {}, "segment_guidance": {}}, [ImplicitAlignment, IntraSegmentGuidance]),

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from distill.objectives.features import Perception
 from distill.objectives.ode import CLEAN, follow
 from distill.objectives.plan import Roles, Rollout
 from distill.objectives.regression import OdeRegression
+from distill.rewards import DigitClassifier
 
 
 def hook_of(roles: Roles, seed: int = 0) -> OdeRegression:
@@ -48,3 +50,23 @@ def test_a_student_that_hits_the_teachers_ends_has_no_loss(roles: Roles, rolled:
     roles.student.load_state_dict(roles.teacher.state_dict())
     hook = OdeRegression(roles, weight=1.0, pairs=8, steps=1, guidance=1.0, seed=0)
     assert float(hook.extra_student_loss(rolled()).detach()) < 1e-10
+
+
+def test_pictures_may_be_compared_in_the_maps_of_a_frozen_network(
+    roles: Roles, rolled: Callable[..., Rollout], touched: Callable[..., set[str]]
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = DigitClassifier(8)
+    look, plain, rollout = Perception(classifier), hook_of(roles), rolled()
+    hook = OdeRegression(roles, weight=0.25, pairs=40, steps=3, guidance=2.0, seed=0, look=look)
+    loss = hook.extra_student_loss(rollout)
+    loss.backward()
+    assert touched(judge=classifier) == {"student"}
+    index = torch.randint(40, (8,), generator=rollout.random("pairs")).tolist()
+    z, y = (torch.stack(column) for column in zip(*map(plain.pair, index), strict=True))
+    condition = roles.family.encode([plain.prompts[i] for i in index])
+    with torch.no_grad():
+        x = roles.family.predict(roles.student, z, torch.ones(8, dtype=torch.float64), condition).x0
+        pictures = (one.expand(-1, 3, -1, -1) for one in (x, y))
+        torch.testing.assert_close(loss.detach(), 0.25 * look.distance(*pictures).mean())

@@ -105,6 +105,65 @@ def test_a_control_with_grouped_prompts_differs_from_its_reward_alone(models: Pa
         assert torch.equal(vector, vectors(scored)[role])
 
 
+# --- cheaper rewards -----------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A judge that counts what it is given."""
+
+    def __init__(self, judge: Any) -> None:
+        self.judge, self.seen, self.name = judge, list[int](), judge.name
+
+    def score(self, images: Tensor, conditions: Sequence[Any]) -> Tensor:
+        self.seen.append(len(images))
+        scores: Tensor = self.judge.score(images, conditions)
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("when", "steps", "expected"),
+    [
+        ("always", "[2]", [16] * 6),
+        ("student", "[2]", [16, 16]),
+        ("last-step", "[1]", [16] * 6),
+        ("last-step", "[2]", None),
+    ],
+)
+def test_only_what_the_recipe_asks_for_is_scored(
+    models: Path, tmp_path: Path, when: str, steps: str, expected: list[int] | None
+) -> None:
+    """Students learn in iterations 1 and 4; what is not scored has advantage 0."""
+    more = [f"advantage.when={when}", f"steps={steps}", "fake_per_student=3", "batch_size=16", "adaptation={}"]
+    t = trainer(models, tmp_path, *rewarded(models), *more, "sharpening={}", f"heldout_rewards=[{models}/judge]")
+    t.task.reward = judge = Counting(t.task.reward)
+    last = []
+    for _ in range(6):
+        scored = len(judge.seen)
+        step(t)
+        (rollout,) = t.task._rollouts.values()
+        last.append(rollout.index == rollout.steps - 1)
+        got = len(judge.seen) > scored
+        assert bool((rollout.advantage() != 0).any()) == got == bool(rollout.rewards().isfinite().all())
+        assert bool(rollout.heldout["judge"].isfinite().all()) == got
+    assert judge.seen == ([16] * sum(last) if expected is None else expected)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 4), (0.5, 8), (0.6, 12), (1.0, 16)])
+def test_a_share_of_the_prompts_is_scored_in_whole_groups(
+    models: Path, tmp_path: Path, share: float, count: int
+) -> None:
+    t = trainer(models, tmp_path, *rewarded(models), f"advantage.share={share}", "batch_size=16", "sharpening={}")
+    t.task.reward = judge = Counting(t.task.reward)
+    full = trainer(models, tmp_path, *rewarded(models), "batch_size=16", "sharpening={}").task
+    some, whole = t.task._rollout(0, 0, graph=False), full._rollout(0, 0, graph=False)
+    assert judge.seen == [count]
+    torch.testing.assert_close(some.advantage()[:count], whole.advantage()[:count])
+    assert float(some.advantage()[count:].abs().sum()) == 0.0 and bool(some.rewards()[count:].isnan().all())
+    assert some.telemetry["reward_not_finite"] == 0
+    _, telemetry = step(t)
+    assert {"reward", "w_ess"} <= telemetry.keys()
+
+
 # --- who learns when -----------------------------------------------------------------------------------------------
 
 BOTH, FAKE, STUDENT = {"student", "fake"}, {"fake"}, {"student"}
