@@ -31,12 +31,16 @@ from service import metrics
 from service.budget import BatchKey, Budget
 from service.cache import ByteCache
 from service.runtimes.base import Conditioning, Floats, Images, Runtime, latent_shape, stack
-from service.scheduler import Forecast, Job, Priority, Scheduler
+from service.scheduler import Forecast, Job, Priority, Scheduler, together
 
 logger = logging.getLogger(__name__)
 
 MEMORY_WORDS = ("out of memory", "failed to allocate", "bad_alloc", "bad allocation")
 """How runtimes say that memory ran out; they have no common class for it."""
+
+
+OUTLOOK_S = 0.25
+"""A forecast of everything serves all who ask within this time; it takes milliseconds when the queue is long."""
 
 
 class QueueFull(Exception):
@@ -173,6 +177,8 @@ class Engine:
         self._prompts: ByteCache[Conditioning] = ByteCache(prompt_cache_bytes)
         self._rows: dict[Job, Row] = {}
         """Every row until it is delivered; the scheduler knows those that have steps left."""
+        self._told: dict[Job, Forecast] = {}
+        self._told_at = float("-inf")
         self._wake = threading.Condition()
         self._texts: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -220,7 +226,7 @@ class Engine:
             self._sweep()
             self._check_room(order.owner, len(rows))
             if order.deadline_s is not None:
-                needed = self.scheduler.forecast(self._clock(), [row.job for row in rows]).seconds
+                needed = self._forecast(rows).seconds
                 if needed > order.deadline_s:
                     raise DeadlineExceeded(needed)
             for row in rows:
@@ -239,7 +245,7 @@ class Engine:
         rows = self._rows_of(order)
         with self._wake:
             self._check_room(order.owner, len(rows))
-            return self.scheduler.forecast(self._clock(), [row.job for row in rows])
+            return self._forecast(rows)
 
     def cost_s(self, order: Order) -> float:
         """Seconds of compute of an order in full batches."""
@@ -248,10 +254,18 @@ class Engine:
         return self.budget.text_s(order.model) + len(order.seeds) * row_s
 
     def outlook(self, futures: list[Future[Picture]]) -> Forecast:
-        """The same for rows that were submitted; those that are denoised already count no more."""
+        """The same for rows that were submitted, a moment old; those that are denoised already count no more."""
         with self._wake:
+            now = self._clock()
+            if now - self._told_at > OUTLOOK_S:
+                self._told, self._told_at = self.scheduler.forecast(now), now
             jobs = [job for job, row in self._rows.items() if row.future in futures and job.remaining > 0]
-            return self.scheduler.forecast(self._clock(), jobs) if jobs else Forecast(0.0, 0)
+            if any(job not in self._told for job in jobs):
+                self._told, self._told_at = self.scheduler.forecast(now), now
+            passed = now - self._told_at
+            return together(
+                Forecast(max(0.0, self._told[job].seconds - passed), self._told[job].position) for job in jobs
+            )
 
     def load(self) -> tuple[int, int, float]:
         """(pictures that wait, pictures that have begun, seconds of compute that they need)."""
@@ -266,6 +280,11 @@ class Engine:
             self._wake.notify_all()
         for thread in self._threads:
             thread.join(timeout_s)
+
+    def _forecast(self, rows: list[Row]) -> Forecast:
+        jobs = [row.job for row in rows]
+        told = self.scheduler.forecast(self._clock(), jobs)
+        return together(told[job] for job in jobs)
 
     def _rows_of(self, order: Order) -> list[Row]:
         served, now = self._served[order.model], self._clock()

@@ -21,7 +21,7 @@ Size. The largest batch size that pays (see service.budget) with which every row
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -68,10 +68,16 @@ class _Flow:
 
 
 class Forecast(NamedTuple):
-    """Seconds until the last of some rows would be done, and how many waiting rows would begin before the first."""
+    """Seconds until a row would be done, and how many of the waiting rows would begin before it."""
 
     seconds: float
     position: int
+
+
+def together(forecasts: Iterable[Forecast]) -> Forecast:
+    """Of several rows of one request: done with the last, begun with the first; of none: done."""
+    known = list(forecasts)
+    return Forecast(max((f.seconds for f in known), default=0.0), min((f.position for f in known), default=0))
 
 
 class Scheduler:
@@ -159,45 +165,43 @@ class Scheduler:
             job.started = True
         return rows
 
-    def forecast(self, now: float, jobs: Sequence[Job] = ()) -> Forecast:
-        """When ``jobs`` (already added, or as if they were added now) would be done if nothing else came.
+    def forecast(self, now: float, extra: Sequence[Job] = ()) -> dict[Job, Forecast]:
+        """What becomes of every row, and of ``extra`` as if they were added now, if nothing else comes.
 
         The schedule is played on a copy, with the budget's costs for the time of every step and of the decoding that
-        overlaps with it. Without ``jobs``: when everything is done.
+        overlaps with it; all texts count as ready.
         """
-        twin, copies = self._copy()
-        for job in jobs:
-            if job not in copies:
-                copies[job] = replace(job)
-                twin.add(copies[job])
-        awaited = {copies[job] for job in jobs} or set(copies.values())
-        others = [job for job in copies.values() if job not in awaited and not job.started]
-        position = 0 if any(job.started for job in awaited) else None
-        clock = decoded = last = now
-        for job in copies.values():
-            job.ready = True
-        while awaited and (rows := twin.pick(clock)):
-            if position is None and not awaited.isdisjoint(rows):
-                position = sum(job.started for job in others if job not in rows)
+        twin, originals = self._copy(extra)
+        waiting = {job for job in originals if not job.started}
+        position: dict[Job, int] = {}
+        result: dict[Job, Forecast] = {}
+        clock = decoded = now
+        while rows := twin.pick(clock):
+            begun = sum(job in waiting for job in position)
             clock += self.budget.step_s(rows[0].key, len(rows))
             for job in rows:
+                position.setdefault(job, begun if job in waiting else 0)
                 job.done += 1
                 if job.remaining == 0:
                     twin.remove(job)
                     decoded = max(clock, decoded) + self.budget.decode_s(job.key)
-                    if job in awaited:
-                        awaited.remove(job)
-                        last = decoded
-        return Forecast(last - now, position or 0)
+                    result[originals[job]] = Forecast(decoded - now, position[job])
+        return result
 
-    def _copy(self) -> tuple[Scheduler, dict[Job, Job]]:
+    def _copy(self, extra: Sequence[Job]) -> tuple[Scheduler, dict[Job, Job]]:
+        """Another scheduler with copies of all rows, and the original of every copy."""
         twin = Scheduler(self.budget)
         twin._picks = self._picks
-        copies: dict[Job, Job] = {}
+        originals: dict[Job, Job] = {}
         for flow in self._flows:
-            mine = [copies.setdefault(job, replace(job)) for job in flow.jobs]
-            twin._flows.append(_Flow(flow.owner, flow.key, mine, flow.balance))
-        return twin, copies
+            copies = [replace(job, ready=True) for job in flow.jobs]
+            originals.update(zip(copies, flow.jobs, strict=True))
+            twin._flows.append(_Flow(flow.owner, flow.key, copies, flow.balance))
+        for job in extra:
+            copy = replace(job, ready=True)
+            originals[copy] = job
+            twin.add(copy)
+        return twin, originals
 
     def _leader(self, flows: list[_Flow]) -> _Flow:
         """The first flow of the ring with a balance; when none has one, as many rounds pass as one of them needs."""

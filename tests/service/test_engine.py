@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -90,6 +91,15 @@ def order(seeds: Sequence[int], steps: int, prompt: str = PROMPT, **more: Any) -
     return Order("tiny", prompt, tuple(seeds), steps, SIZE, **more)
 
 
+def texts_are_ready(engine: Engine) -> None:
+    """Wait for the text thread, so that what may share a batch does not depend on how fast it is."""
+    while True:
+        with engine._wake:
+            if all(job.ready for job in engine.scheduler):
+                return
+        time.sleep(0.002)
+
+
 def first_latent(seed: int) -> float:
     from distill.sampling import noise
 
@@ -105,6 +115,7 @@ def test_pictures_equal_those_made_alone_whatever_they_are_batched_with(start: S
         for steps in (1, 2, 4, 8)
     ]
     futures = [engine.submit(order([seed], steps, prompt))[0] for prompt, seed, steps in wishes]
+    texts_are_ready(engine)
     watched.go.set()
     pictures = [future.result(60) for future in futures]
     assert max(len(batch) for batch in watched.batches) > 1
@@ -122,6 +133,7 @@ def test_rows_at_different_steps_share_a_batch_and_short_ones_leave_early(start:
     done: list[str] = []
     long.add_done_callback(lambda _: done.append("long"))
     short.add_done_callback(lambda _: done.append("short"))
+    texts_are_ready(engine)
     watched.go.set()
     long.result(60)
     assert done == ["short", "long"]
@@ -137,7 +149,11 @@ def test_one_request_becomes_one_row_per_seed_in_order(start: Start) -> None:
 
 def test_no_batch_is_larger_than_allowed(start: Start, watched: Watched) -> None:
     engine = start(sizes=(1, 2))
-    for future in engine.submit(order(list(range(10)), 2)):
+    watched.go.clear()
+    futures = engine.submit(order(range(10), 2))
+    texts_are_ready(engine)
+    watched.go.set()
+    for future in futures:
         future.result(60)
     assert max(len(batch) for batch in watched.batches) == 2
 
@@ -153,6 +169,7 @@ def test_full_queue_refuses_a_whole_request_and_says_when_to_retry(start: Start,
     assert refused.value.waiting == 2
     assert refused.value.retry_after_s > 0
     last = engine.submit(order([5], 1))
+    texts_are_ready(engine)
     watched.go.set()
     assert [future.result(60).seed for future in [*running, *waiting, *last]] == [0, 1, 2, 5]
 
@@ -166,6 +183,7 @@ def test_cancelled_rows_leave_at_the_next_step_and_free_their_place(start: Start
     assert running.cancel()
     assert waiting.cancel()
     after = engine.submit(order([2], 1))[0]
+    texts_are_ready(engine)
     watched.go.set()
     assert after.result(60).seed == 2
     assert len(watched.batches) == 2, "one step of the cancelled row, one of the row after it"
@@ -198,6 +216,7 @@ def test_closing_finishes_what_is_queued_and_refuses_the_rest(start: Start, watc
     engine = start(sizes=(1,))
     watched.go.clear()
     futures = engine.submit(order([0, 1, 2], 2))
+    texts_are_ready(engine)
     threading.Timer(0.2, watched.go.set).start()
     engine.close()
     assert [future.result(0).seed for future in futures] == [0, 1, 2]
@@ -246,6 +265,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_no_picture(start: Start
     watched.memory = 2
     watched.go.clear()
     futures = engine.submit(order(range(4), 2))
+    texts_are_ready(engine)
     watched.go.set()
     for seed, future in enumerate(futures):
         expected = generate(watched, watched.manifest, [PROMPT], [seed], 2)[0]
@@ -283,6 +303,7 @@ def test_a_row_past_its_deadline_leaves_at_the_next_step(watched: Watched) -> No
     late = engine.submit(order([0], 8, deadline_s=1.0))[0]
     assert watched.entered.wait(30)
     now[0] = 2.0
+    texts_are_ready(engine)
     watched.go.set()
     with pytest.raises(DeadlineExceeded):
         late.result(60)
@@ -298,6 +319,7 @@ def test_an_owner_beyond_its_limit_is_refused_while_others_are_not(start: Start,
         engine.submit(order([2], 8, owner="a"))
     assert refused.value.of_owner
     engine.submit(order([2], 8, owner="b"))
+    texts_are_ready(engine)
     watched.go.set()
 
 
@@ -308,6 +330,7 @@ def test_more_work_than_seconds_allow_is_refused(start: Start, watched: Watched)
     with pytest.raises(QueueFull) as refused:
         engine.submit(order([9], 8))
     assert refused.value.retry_after_s == pytest.approx(4 * 8 * 0.01 - 0.1)
+    texts_are_ready(engine)
     watched.go.set()
 
 
@@ -357,6 +380,7 @@ def test_a_forecast_counts_what_is_ahead(start: Start, watched: Watched) -> None
     assert engine.outlook(futures[:1]).seconds <= engine.outlook(futures).seconds
     with pytest.raises(QueueFull):
         engine.forecast(order(range(10), 4))
+    texts_are_ready(engine)
     watched.go.set()
     for future in futures:
         future.result(60)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from service.budget import BatchKey, Budget
-from service.scheduler import PATIENCE, Job, Priority, Scheduler
+from service.scheduler import PATIENCE, Job, Priority, Scheduler, together
 
 SMALL = BatchKey("m", "onnx", (4, 16, 16))
 LARGE = SMALL._replace(shape=(4, 32, 32))
@@ -206,23 +206,36 @@ def test_the_forecast_is_what_happens_when_nothing_else_comes() -> None:
             device.scheduler.add(job)
         device.step(device.scheduler.pick(0.0))
         mine = dice.choice([job for job in jobs if job.remaining])
-        now, told = device.now, device.scheduler.forecast(device.now, [mine])
-        everything = device.scheduler.forecast(now)
+        now, told = device.now, device.scheduler.forecast(device.now)
         device.run([])
-        assert now + told.seconds == pytest.approx(device.finished[mine], abs=6 * DECODE_S)
-        assert now + everything.seconds == pytest.approx(max(device.finished.values()), abs=6 * DECODE_S)
+        assert now + told[mine].seconds == pytest.approx(device.finished[mine], abs=6 * DECODE_S)
+        assert now + together(told.values()).seconds == pytest.approx(max(device.finished.values()), abs=6 * DECODE_S)
+
+
+def test_a_forecast_tells_the_place_in_the_queue(device: Device) -> None:
+    jobs = [device.job(1, key=LARGE, at=i / 1000) for i in range(4)]
+    for job in jobs:
+        device.scheduler.add(job)
+    told = device.scheduler.forecast(0.004)
+    assert sorted(told[job].position for job in jobs) == [0, 1, 2, 3]
+    assert min(told.values(), key=lambda forecast: forecast.seconds).position == 0
+    device.step(device.scheduler.pick(0.004))
+    extra = device.job(1, key=LARGE, at=device.now)
+    later = device.scheduler.forecast(device.now, [extra])
+    assert set(later) == {extra, *device.scheduler}
+    assert sorted(forecast.position for forecast in later.values()) == [0, 1, 2, 3]
 
 
 def test_a_forecast_changes_nothing(device: Device) -> None:
     for _ in range(5):
         device.scheduler.add(device.job(4))
     extra = device.job(2)
-    first = device.scheduler.forecast(0.0, [extra])
-    assert device.scheduler.forecast(0.0, [extra]) == first
+    first = device.scheduler.forecast(0.0, [extra])[extra]
+    assert device.scheduler.forecast(0.0, [extra])[extra] == first
     assert extra not in list(device.scheduler)
     assert all(not job.started and job.done == 0 for job in device.scheduler)
     assert first.seconds > 2 * 0.020 + DECODE_S
-    assert Scheduler(a_budget()).forecast(0.0).seconds == 0
+    assert together(Scheduler(a_budget()).forecast(0.0).values()) == (0.0, 0)
 
 
 def test_the_target_is_the_deadline_if_that_is_earlier() -> None:
