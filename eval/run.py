@@ -35,7 +35,17 @@ from service.runtimes.base import Precision, RuntimeChoice
 
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
-_JUDGED = {"fid", "kid", "reward", "composition", "digit-accuracy", "diversity"}
+JUDGED = {
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "reward",
+    "composition",
+    "digit-accuracy",
+    "diversity",
+    "inception-score",
+}
 """Metrics that load a network from the folder of judges."""
 _PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "openvino", "pillow")
 
@@ -77,7 +87,7 @@ def run(
 
 
 def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Source) -> Metric:
-    if name in _JUDGED:
+    if name in JUDGED:
         options["folder"] = folder
     if name == "reward":
         options["trained_on"] = _was_trained_on(source, options.get("judge", "scenes-reward"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.metrics import composition, digits, diversity, fid, latency, reward
+from eval.metrics import composition, digits, diversity, fid, inception, latency, manifold, reward
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "digits",
     "diversity",
     "fid",
+    "inception",
     "latency",
+    "manifold",
     "registered",
     "reward",
 ]

@@ -37,10 +37,10 @@ class Features(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.features(_scans(images))
+        return self.model.features(scans(images))
 
 
-def _scans(images: Tensor) -> Tensor:
+def scans(images: Tensor) -> Tensor:
     if images.shape[-2:] != (SIZE, SIZE):
         height, width = images.shape[-2:]
         raise EvalError(f"pictures are {width}×{height} but digits are {SIZE}×{SIZE}; make them at that size")
@@ -74,7 +74,7 @@ def train(seed: int = 0, epochs: int = _EPOCHS) -> DigitClassifier:
 def read(model: DigitClassifier, pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
     """(B,) the digit that each of (B, 3, H, W) uint8 shows."""
     with torch.inference_mode():
-        answers: NDArray[np.int64] = model(_scans(torch.tensor(pictures))).argmax(dim=1).numpy()
+        answers: NDArray[np.int64] = model(scans(torch.tensor(pictures))).argmax(dim=1).numpy()
     return answers
 
 

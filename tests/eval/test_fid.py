@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eval.errors import EvalError
 from eval.metrics import create
 from eval.metrics.base import Samples
-from eval.metrics.fid import Extractor, Reference, load_extractor
+from eval.metrics.fid import Extractor, Reference, bias_curve, load_extractor
 from eval.prompts import Prompt
 
 
@@ -164,3 +164,29 @@ def test_too_few_or_odd_pictures_are_refused(extractor: Extractor) -> None:
         metric.update(as_samples(np.zeros((1, 3, 8, 16), np.uint8)))
     with pytest.raises(EvalError, match="uint8"):
         Samples(np.zeros((1, 3, 8, 8), np.float32), (Prompt("p", "a red cube", 0),))  # type: ignore[arg-type]
+
+
+def test_the_curve_shows_the_bias_and_its_limit_is_nearer_to_the_truth() -> None:
+    """Equal Gaussians of 12 dimensions: the truth is 0, and the bias falls as 1/n."""
+    rng = np.random.default_rng(0)
+    reference, features = rng.normal(size=(40_000, 12)), rng.normal(size=(1600, 12))
+
+    def distance(part: np.ndarray) -> float:
+        s = np.cov(part.T) @ np.cov(reference.T)
+        means = float(np.sum((part.mean(0) - reference.mean(0)) ** 2))
+        roots = np.sqrt(np.linalg.eigvals(s).real.clip(min=0)).sum()
+        return means + float(np.trace(np.cov(part.T) + np.cov(reference.T)) - 2 * roots)
+
+    curve = bias_curve(features, distance(features), distance)
+    assert list(curve) == ["at 400", "at 800", "at 1600", "extrapolated"]
+    assert curve["at 400"] > 1.5 * curve["at 800"] > 2.25 * curve["at 1600"]
+    assert abs(curve["extrapolated"]) < curve["at 1600"] / 2
+    assert bias_curve(features[:90], 1.0, distance) == {}, "fewer than 2·d samples in a part"
+
+
+def test_fid_keeps_its_curve_with_the_score() -> None:
+    extractor = Extractor("mean-colour", MeanColour(), "0")
+    reference = Fixed(flat_pictures(4000, 120, 12, seed=0))
+    score = fill(create("fid", extractor=extractor, reference=reference), flat_pictures(400, 130, 20, seed=1), 200)
+    assert score.parts["at 400"] == pytest.approx(score.value)
+    assert score.parts["extrapolated"] == pytest.approx(492, rel=0.05)
