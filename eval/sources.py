@@ -35,7 +35,7 @@ from eval.prompts import Prompt
 from service.runtimes.base import Precision, RuntimeChoice
 
 Images = NDArray[np.uint8]
-_CHUNK = 64
+CHUNK = 64
 """Samples per cached file: what an interrupted run can lose."""
 _PARALLEL_REQUESTS = 8
 _ATTEMPTS = 5
@@ -315,11 +315,11 @@ def generate(
             yield _make(source, prompts[start : start + batch])
         return
     cache.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(prompts), _CHUNK):
-        chunk = prompts[start : start + _CHUNK]
-        path = cache / f"{_key(source.identity, chunk)}.npy"
-        images = _load(path, len(chunk))
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        images = cached(cache, source.identity, chunk)
         if images is None:
+            path = _path(cache, source.identity, chunk)
             images = np.concatenate([source.make(chunk[i : i + batch]) for i in range(0, len(chunk), batch)])
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             with temporary.open("wb") as file:
@@ -333,6 +333,15 @@ def _make(source: Source, prompts: Sequence[Prompt]) -> Samples:
     images = source.make(prompts)
     seconds = np.array([time.perf_counter() - start]) if len(prompts) == 1 else None
     return Samples(images, tuple(prompts), seconds)
+
+
+def cached(cache: Path, identity: dict[str, Any], chunk: Sequence[Prompt]) -> Images | None:
+    """The pictures of up to CHUNK samples, a whole chunk of a run, or None when they are not in the cache."""
+    return _load(_path(cache, identity, chunk), len(chunk))
+
+
+def _path(cache: Path, identity: dict[str, Any], chunk: Sequence[Prompt]) -> Path:
+    return cache / f"{_key(identity, chunk)}.npy"
 
 
 def _key(identity: dict[str, Any], prompts: Sequence[Prompt]) -> str:

@@ -254,14 +254,16 @@ class Store:
         rows = self._db.execute(f"SELECT * FROM baselines{where} ORDER BY pinned DESC", values)
         return [_decode(row) for row in rows]
 
-    def keep_night(
-        self, night: str, bundle: str, started: str, verdict: str, outcome: dict[str, Any], *, alerted: bool
-    ) -> None:
+    def keep_night(self, night: str, bundle: str, started: str, verdict: str, outcome: dict[str, Any]) -> None:
         """Enter the outcome of a bundle's night, replacing an earlier one of the same night."""
         row = {"night": night, "bundle": bundle, "started": started, "finished": _now(), "verdict": verdict}
         with self._transaction():
             self._db.execute("DELETE FROM nights WHERE night = ? AND bundle = ?", (night, bundle))
-            self._insert("nights", [{**row, "alerted": int(alerted), "outcome_json": _json(outcome)}])
+            self._insert("nights", [{**row, "alerted": 0, "outcome_json": _json(outcome)}])
+
+    def mark_alerted(self, night: str, bundle: str) -> None:
+        """Somebody was told about this night."""
+        self._db.execute("UPDATE nights SET alerted = 1 WHERE night = ? AND bundle = ?", (night, bundle))
 
     def nights(self, bundle: str | None = None) -> list[dict[str, Any]]:
         """Finished nights, newest first, JSON decoded."""

@@ -183,7 +183,8 @@ def test_baselines_keep_their_history_and_nights_are_replaced(tmp_path: Path) ->
         assert [row["reason"] for row in store.baselines("b")] == ["second release", "first release"]
         assert store.baselines("b")[0]["runs"] == {"s": "2"} and store.baselines("c") == []
         for verdict in ("regression", "equivalent"):
-            store.keep_night("2026-01-02", "b", "2026-01-02T02:00", verdict, {"x": 1}, alerted=verdict == "regression")
+            store.keep_night("2026-01-02", "b", "2026-01-02T02:00", verdict, {"x": 1})
+            store.mark_alerted("2026-01-02", "c")
         (night,) = store.nights("b")
         assert night["verdict"] == "equivalent" and night["outcome"] == {"x": 1} and not night["alerted"]
         with pytest.raises(EvalError, match="no complete run 'none'"):
