@@ -35,13 +35,11 @@ from distill.rewards import load_reward
 from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, freeze, to_uint8
 from distill.tasks.diffusion import draw_times, sample
+from distill.tasks.probing import finished, new_probe
 from distill.tasks.samples import samples_for
 from distill.telemetry.counters import Passes
-from distill.telemetry.probe import LOW, Probe, Sources
+from distill.telemetry.probe import LOW, Probe
 from distill.trainer import Phase, Telemetry, generator, seeded
-
-PROBE = 1 << 20
-"""The micro-batch whose prompts are the probe's: training never draws it."""
 
 
 class DistillationTask:
@@ -287,36 +285,15 @@ class DistillationTask:
 
     def probe(self, folder: Path, iteration: int) -> Telemetry:
         """The forbidden zone at the present weights (distill.telemetry.probe)."""
+        r = self.recipe
         if self._probe is None:
-            self._probe = self._new_probe()
-        with self.passes.uncounted(), autocast(self.recipe.precision):
+            judges = {f"heldout/{judge.name}": judge for judge in self.heldout}
+            judges |= {} if self.reward is None else {"reward": self.reward}
+            roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
+            self._probe = new_probe(r, roles, self._table(max(r.steps)), judges)
+        self._attend(finished(r))
+        with self.passes.uncounted(), autocast(r.precision):
             return self._probe.measure(folder, iteration)
-
-    def _new_probe(self) -> Probe:
-        r, options = self.recipe, self.recipe.telemetry
-        prompts = self.samples.conditions(0, PROBE, options.prompts)
-        prompts = [prompt for prompt in prompts for _ in range(options.samples)]
-        condition, seeds = self.family.encode(prompts), list(range(len(prompts)))
-
-        def draw(network: nn.Module, table: Any, guidance: float) -> Tensor:
-            return sample(self.family, network, table, condition, seeds, guidance).float()
-
-        def scores(x: Tensor) -> dict[str, Tensor]:
-            if self.reward is None:
-                return {}
-            images = to_uint8(self.family.decode(x))
-            judges = {"reward": self.reward, **{f"heldout/{judge.name}": judge for judge in self.heldout}}
-            return {name: judge.score(images, prompts).float() for name, judge in judges.items()}
-
-        teacher = ode_table(self.family.schedule, self.family.prediction, options.teacher_steps)
-        sources = Sources(
-            condition,
-            student=lambda: draw(self.student, self._table(max(r.steps)), 1.0),
-            teacher=lambda: draw(self.teacher, teacher, r.guidance),
-            scores=scores,
-        )
-        roles = Roles(self.family, self.teacher, self.student, self.fake)
-        return Probe(roles, sources, options, seed=r.seed, sigma_floor=r.advantage.sigma_floor if r.advantage else 0.0)
 
     @torch.no_grad()
     def preview(self) -> Tensor:

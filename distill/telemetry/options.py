@@ -13,5 +13,10 @@ class Probing(Strict):
     every: int | None = Field(100, ge=1, description="iterations between probes; None: no probes")
     prompts: int = Field(8, ge=1)
     samples: int = Field(4, ge=2, description="per prompt")
-    level: Fraction = Field(0.5, gt=0, lt=1, description="where samples are re-noised, as a fraction of the time axis")
+    level: Fraction = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="of noise, as a fraction of the time axis; with sub_interval, of the last step's part",
+    )
     teacher_steps: Steps = Field(20, description="of the teacher's own samples, drawn once, which are the yardstick")

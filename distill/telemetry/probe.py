@@ -49,12 +49,16 @@ Columns = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Sources:
-    """How a probe gets its samples: clean latents (B, C, h, w) of the same noise, and their scores by name."""
+    """How a probe gets its samples: clean latents (B, C, h, w) of the same noise, and their scores by name.
+
+    rows: how many samples fit into one pass, such as a micro-batch of training.
+    """
 
     condition: Condition
     student: Callable[[], Tensor]
     teacher: Callable[[], Tensor]
     scores: Callable[[Tensor], Mapping[str, Tensor]]
+    rows: int
 
 
 class Probe:
@@ -91,13 +95,17 @@ class Probe:
 
     def residual(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean‖x̂(x_t) − x‖², ‖mean_ε(x̂(x_t) − x)‖/√d), each (B,), over ε and −ε at the probe's level."""
-        family = self.roles.family
-        rng = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(x.shape, generator=rng)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed))
+        parts = [self._residual(network, x, noise, rows) for rows in slices(len(x), self.sources.rows)]
+        return torch.cat([residual for residual, _ in parts]), torch.cat([pull for _, pull in parts])
+
+    def _residual(self, network: nn.Module, x: Tensor, noise: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        family, x, noise = self.roles.family, x[rows], noise[rows]
+        condition = {name: value[rows] for name, value in self.sources.condition.items()}
         t = time_at(family.schedule, torch.full((len(x),), self.options.level, dtype=torch.float64))
         alpha, sigma = coefficients(family.schedule, t)
         pulls = [
-            family.predict(network, math.add_noise(x, sign * noise, alpha, sigma), t, self.sources.condition).x0 - x
+            family.predict(network, math.add_noise(x, sign * noise, alpha, sigma), t, condition).x0 - x
             for sign in (1.0, -1.0)
         ]
         squared = torch.stack([pull.float().pow(2).flatten(1).mean(1) for pull in pulls]).mean(0)
@@ -182,6 +190,11 @@ def alignment(rewards: Sequence[float], residuals: Sequence[float], group: int) 
     if not (np.isfinite(r).all() and a.std() > 0 and b.std() > 0):
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def slices(count: int, rows: int) -> list[slice]:
+    """``count`` rows in pieces of at most ``rows``."""
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def newest(folder: Path, *, before: int) -> Columns | None:

@@ -453,6 +453,22 @@ def test_a_resumed_log_equals_an_uninterrupted_one(models: Path, tmp_path: Path)
     assert any("zone/entered" in line or "zone/escaped" in line for line in logged(tmp_path / "parts")[3:])
 
 
+def test_a_probe_stands_where_the_fake_score_has_learned(models: Path, tmp_path: Path) -> None:
+    """With sub_interval the last of four steps lies in [0, ¼] of the time axis; hooks hear that it is the last."""
+
+    class Hearing(Hook):
+        heard: tuple[int, int] = (0, 0)
+
+        def attend(self, rollout: Rollout) -> None:
+            self.heard = (rollout.steps, rollout.index)
+
+    for more, expected in (([], 0.5), (["sub_interval={}"], 0.125)):
+        t, hook = trainer(models, tmp_path / str(len(more)), "steps=[1, 4]", PROBED, *more), Hearing()
+        t.task.hooks.append(hook)
+        t._probe()
+        assert t.task._probe.options.level == expected and hook.heard == (4, 3)
+
+
 def test_a_log_tells_of_weights_noise_levels_passes_and_the_zone(models: Path, tmp_path: Path) -> None:
     more = [*rewarded(models), "adaptation.strength=0.5", "sharpening={}", "guidance=3", PROBED, "fake_warmup=0"]
     trainer(models, tmp_path, *more, "iterations=2", "log_every=2", "fake_per_student=2").run()

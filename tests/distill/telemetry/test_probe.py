@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class World:
     schedule = Flow()
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        assert len(x_t) == len(condition["row"])
         x0 = network(x_t, t)
         return Prediction(x0, x0, x0, {})
 
@@ -47,12 +49,13 @@ def normal(mean: float, deviation: float, seed: int) -> Tensor:
     return mean + deviation * torch.randn(N, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def probe(student: Any, *, teacher: Gaussian | None = None, fake: Gaussian | None = None, scores: Any = None) -> Probe:
+def probe(
+    student: Any, *, teacher: Gaussian | None = None, fake: Gaussian | None = None, scores: Any = None, rows: int = N
+) -> Probe:
     teacher = teacher or Gaussian(0.0, 1.0)
     roles = Roles(World(), teacher, nn.Identity(), fake or teacher)
-    sources = Sources(
-        {}, student=student, teacher=lambda: normal(teacher.mean, teacher.deviation, 1), scores=scores or (lambda x: {})
-    )
+    draw, judge = lambda: normal(teacher.mean, teacher.deviation, 1), scores or (lambda x: {})
+    sources = Sources({"row": torch.arange(N)}, student=student, teacher=draw, scores=judge, rows=rows)
     return Probe(roles, sources, OPTIONS, seed=0)
 
 
@@ -84,6 +87,14 @@ def test_residual_and_pull_are_those_of_the_formula() -> None:
     torch.testing.assert_close(residual, (both[0] + both[1]) / 2)
 
 
+@torch.no_grad()
+def test_samples_may_be_measured_in_pieces() -> None:
+    x, fake = normal(0.5, 1.0, 3), Gaussian(1.0, 0.5)
+    whole, parts = probe(None).residual(fake, x), probe(None, rows=7).residual(fake, x)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_escapes_are_told_from_the_probe_before(tmp_path: Path) -> None:
     samples = [normal(3.0, 0.1, 2), torch.cat((normal(3.0, 0.1, 2)[: N // 4], normal(0.0, 1.0, 5)[N // 4 :]))]
     p = probe(lambda: samples.pop(0), fake=Gaussian(3.0, 0.1))
@@ -109,7 +120,7 @@ def test_the_yardstick_is_drawn_once_and_anew_for_other_settings(tmp_path: Path)
     def counted(options: Probing) -> None:
         p = probe(lambda: normal(0.0, 1.0, 2))
         draw = p.sources.teacher
-        sources = Sources({}, p.sources.student, lambda: (drawn.append(1), draw())[1], p.sources.scores)
+        sources = replace(p.sources, teacher=lambda: (drawn.append(1), draw())[1])
         Probe(p.roles, sources, options, seed=0).measure(tmp_path, 10)
 
     counted(OPTIONS)
