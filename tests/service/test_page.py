@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -160,3 +163,46 @@ def test_the_picture_is_shown_large(page: playwright.Page) -> None:
     assert box is not None
     assert viewport is not None
     assert box["width"] >= 0.35 * viewport["width"]
+
+
+def test_the_python_program_makes_the_shown_picture(page: playwright.Page, tmp_path: Path) -> None:
+    page.fill("#prompt", 'it\'s a "red" cube \\ {x}: 1, 2')
+    page.click("#go")
+    page.wait_for_selector("figure img")
+    page.click("#as-python")
+    assert page.locator("#curl").is_hidden()
+    program = page.inner_text("#python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    shown = page.get_attribute("figure img", "src").partition(",")[2]
+    assert (tmp_path / "picture.png").read_bytes() == base64.b64decode(shown)
+
+
+def test_pixels_change_while_it_denoises(page: playwright.Page) -> None:
+    page.evaluate(
+        "window.seen = new Set(); new MutationObserver(() => window.seen.add(document.getElementById('preview').src))"
+        ".observe(document.getElementById('preview'), {attributes: true, attributeFilter: ['src']})"
+    )
+    page.click("label:has(input[name=steps][value='8'])")
+    page.click("#go")
+    page.wait_for_selector("figure img")
+    assert page.evaluate("window.seen.size") == 3
+    assert page.locator("#live").is_hidden()
+
+
+def test_the_place_in_the_queue_is_shown_and_stop_gives_up(page: playwright.Page) -> None:
+    told = {"type": "image_generation.progress", "steps_done": 0, "percent": 0, "position": 3, "eta_ms": 2500}
+    page.evaluate("event => watch(event, {steps: 4})", told)
+    assert page.inner_text("#going") == "3 pictures before yours, about 2.5 s to go"
+    page.evaluate("event => watch(event, {steps: 4})", {**told, "position": 0, "steps_done": 2, "eta_ms": 40})
+    assert page.inner_text("#going") == "Step 3 of 4, less than a second to go"
+    page.evaluate("watch(null)")
+    page.route("**/v1/images/generations", lambda route: None)
+    page.click("#go")
+    page.wait_for_selector("#stop")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#note:has-text('Stopped')")
+    assert page.locator("#error").is_hidden()
+    assert page.locator("#stop").is_hidden()
+    page.unroute("**/v1/images/generations")
+    page.click("#go")
+    page.wait_for_selector("figure img")
