@@ -4,9 +4,9 @@
     python -m benchmarks.step recipes/digits-amd.yaml --methods dmd2 dsa rls amd "amd advantage.when=student"
     python -m benchmarks.step recipes/scenes-amd.yaml --set batch_size=8 --against dmd2=../DMD2
 
-A method is a row of ``python -m distill.objectives``, with the recipe's own values for its sections; words after it
-override keys of the recipe. Everything of an iteration counts: roll-out, both phases, decoding, reward, optimizers and
-averaged weights. ``--against`` times another project's DMD2 beside ours in its plan.
+A method is a row of ``python -m distill.objectives``: the recipe with its own values for that method's sections and
+without those of others. Words after it override keys. Everything of an iteration counts: roll-out, both phases,
+decoding, reward, optimizers and averaged weights. ``--against`` times another project's DMD2 beside ours in its plan.
 
 Contenders take turns iteration by iteration, in an order that rotates, all at the same number of the iteration and so
 with the same step of the same grid. A repeat is a whole period of student and fake updates; ratios are of the sums of
@@ -48,6 +48,7 @@ from distill.trainer import Phase, Trainer
 RECIPES = ("recipes/digits-amd.yaml", "recipes/scenes-amd.yaml")
 BAR = 1.15
 """What AMD's iteration may cost over DMD2's."""
+_REQUIRED = {key for key, field in DistillRecipe.model_fields.items() if field.is_required()}
 _METHOD_KEYS = {*HOOKS, "advantage", "safeguards", "heldout_rewards", "discriminator"}
 
 
@@ -149,11 +150,12 @@ def variant(path: str, words: str, given: Sequence[str] = ()) -> DistillRecipe:
         raise ValueError(f"{path} is a recipe of task {own.task}; give one of task distill")
     if method.reward and own.advantage is None:
         raise ValueError(f"{path} has no advantage.reward, which {name} needs; use a recipe such as digits-amd")
-    settings: dict[str, Any] = dict.fromkeys(_METHOD_KEYS) | {"safeguards": {}, "heldout_rewards": []}
-    settings |= method.sections
-    for key in (*method.sections, *(["advantage"] if method.reward else [])):
-        if (section := getattr(own, key)) is not None and key in _METHOD_KEYS:
-            settings[key] = section.model_dump(mode="json")
+    plain = DistillRecipe.model_validate(own.model_dump(include=_REQUIRED)).model_dump(mode="json")
+    there = own.model_dump(mode="json")
+    settings = {key: plain[key] for key in _METHOD_KEYS} | method.sections
+    for key in _METHOD_KEYS & {*method.sections, *(["advantage"] if method.reward else [])}:
+        if there[key] != plain[key]:
+            settings[key] = there[key]
     changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     recipe: DistillRecipe = load_recipe(path, [*changes, *given, *overrides])
     return recipe

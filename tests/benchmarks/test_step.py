@@ -89,7 +89,7 @@ def test_a_method_keeps_the_recipes_own_values(at_root: None) -> None:
     assert plain.fake_per_student == amd.fake_per_student == 5
     tdm = variant(DIGITS, "tdm")
     assert tdm.sub_interval is not None and (tdm.fake_per_student, tdm.sampler) == (1, "deterministic")
-    assert tdm.advantage is None
+    assert tdm.advantage is None and not tdm.step_aware_fake and variant(DIGITS, "tdm-any").step_aware_fake
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,18 @@ EVERYTHING = [
     "divergence={}", "decoupled={}", "reward_weighting={kappa: 0.1}", "reward_gradient={weight: 0.01}",
     "reward_tilt={beta: 0.01}", "shared_teacher={anneal: 50}", "implicit_alignment={}",
     "segment_guidance={margin: 0.01}", "sub_interval={}", "sampler=deterministic", "step_aware_fake=true",
+    "consistency={}",
     "first_step_anchor={anchor: 1, steps: 2, matching: true}",
     "safeguards={guidance_ceiling: 1.5, coherence: 0.0, two_key: 1, ramp: 2}",
     "safeguards.reward_gap.window=2", "safeguards.diversity.window=1",
 ]  # fmt: skip
+
+STOCHASTIC = [
+    "steps=[2]", "policy_gradient={weight: 0.5}", "consistency={weight: 1.0}", "adaptation.strength=0.3",
+    "sharpening={}", "advantage.shrinkage=0.5", "advantage.when=student", "foundation_gan={features: REWARD}",
+    "regression={pairs: 8, steps: 2, features: REWARD}",
+]  # fmt: skip
+"""What EVERYTHING cannot hold beside the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +267,9 @@ def test_each_phase_moves_its_own_role_alone_with_every_hook(models: Path, tmp_p
 def test_optimizers_share_no_parameter_and_leave_none_out(models: Path, tmp_path: Path) -> None:
     t = trainer(models, tmp_path, *EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]")
     owned = [id(p) for o in t.optimizers.values() for group in o.param_groups for p in group["params"]]
-    trained = [id(p) for m in (t.task.student, t.task.fake, t.task.adversary.head) for p in m.parameters()]
+    memories = [hook.memory for hook in t.task.hooks if hook.memory is not None]
+    modules = (t.task.student, t.task.fake, t.task.adversary.head, *memories)
+    trained = [id(p) for m in modules for p in m.parameters()]
     assert len(owned) == len(set(owned)) and set(owned) == set(trained)
 
 
@@ -335,12 +345,15 @@ def gradients(t: Trainer, patch: pytest.MonkeyPatch, parts: int, iterations: int
     return found
 
 
-def test_micro_batches_give_every_phase_the_gradient_of_the_batch(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hooks", [EVERYTHING, STOCHASTIC], ids=["everything", "stochastic"])
+def test_micro_batches_give_every_phase_the_gradient_of_the_batch(
+    models: Path, tmp_path: Path, hooks: list[str]
+) -> None:
     """With every hook at once, over iterations with and without the student; memories agree as well."""
-    results = []
+    results, told = [], [word.replace("REWARD", f"{models}/digits-reward") for word in hooks]
     for parts in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            more = [*EVERYTHING, *rewarded(models), f"heldout_rewards=[{models}/judge]", f"accumulate={parts}"]
+            more = [*rewarded(models), *told, f"heldout_rewards=[{models}/judge]", f"accumulate={parts}"]
             t = trainer(models, tmp_path / str(parts), *more, "batch_size=16")
             sliced_draws(patch, 16, parts)
             results.append(gradients(t, patch, parts, 4))
