@@ -77,7 +77,7 @@ _TAMPERS: dict[str, Callable[[Source, Sequence[Prompt]], Images]] = {
     "blurred": _blurred,
 }
 _IN_THE_BUNDLE = ("weights-noised", "step-dropped", "weights-coarse")
-NOISE = 0.1
+NOISE = 0.25
 """weights-noised: standard deviation of the noise in standard deviations of each weight matrix."""
 LEVELS = 16
 """weights-coarse: how many values a weight matrix keeps, as an int4 without groups would."""

@@ -80,7 +80,7 @@ class Precision(_Manifold):
 
     def _distance(self, features: Array, reference: Array) -> tuple[Interval, Array]:
         thinned = _thinned(reference)
-        values = 100.0 * inside(features, thinned, radii(thinned))
+        values = 100.0 * inside(features, thinned, radii(thinned)).astype(np.float64)
         return bootstrap_mean(values, self._clusters), values
 
 

@@ -1,0 +1,89 @@
+"""The service files of the nightly measurement: they parse, agree on the hour, and start a command that exists."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval import nightly
+
+FOLDER = Path(__file__).parents[2] / "docs" / "operations"
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(FOLDER / name)
+    return parser
+
+
+def manifests() -> dict[str, Any]:
+    documents = yaml.safe_load_all((FOLDER / "nightly.cronjob.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def commands() -> dict[str, str]:
+    """How each of the four starts a night."""
+    pod = manifests()["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    steps = yaml.safe_load((FOLDER / "nightly.github.yaml").read_text())["jobs"]["measure"]["steps"]
+    cron = re.search(r"^ +0 2 \* \* \* +(.+)$", (FOLDER / "nightly.md").read_text(), re.MULTILINE)
+    assert cron is not None
+    return {
+        "systemd": unit("nightly.service")["Service"]["ExecStart"],
+        "kubernetes": " ".join(pod["command"]),
+        "github": next(step["run"] for step in steps if step.get("name") == "measure"),
+        "cron": cron[1],
+    }
+
+
+@pytest.mark.parametrize("where", ["systemd", "kubernetes", "github", "cron"])
+def test_each_starts_the_nightly_with_options_that_it_has(
+    where: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = re.search(r"python -m eval\.nightly((?: --?\S+)*)", commands()[where])
+    assert found is not None
+    arguments = [*found[1].split(), "--config", str(tmp_path / "none.yaml")]
+    assert nightly.main(arguments) == 3  # the options are known, and only the configuration is not there
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_all_start_at_the_same_hour_before_a_night_counts_as_late() -> None:
+    workflow = yaml.safe_load((FOLDER / "nightly.github.yaml").read_text())
+    assert workflow[True]["schedule"] == [{"cron": "0 2 * * *"}]  # YAML 1.1 reads "on" as true
+    assert manifests()["CronJob"]["spec"]["schedule"] == "0 2 * * *"
+    assert unit("nightly.timer")["Timer"]["OnCalendar"] == "*-*-* 02:00:00 UTC"
+    assert nightly.load_config(nightly.DEFAULT_CONFIG).expected_by > "02:00"
+
+
+def test_a_regression_is_not_measured_away_and_runs_survive() -> None:
+    job = manifests()["CronJob"]["spec"]
+    assert job["concurrencyPolicy"] == "Forbid" and job["jobTemplate"]["spec"]["backoffLimit"] == 0
+    pod = job["jobTemplate"]["spec"]["template"]["spec"]
+    (volume,) = pod["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == manifests()["PersistentVolumeClaim"]["metadata"]["name"]
+    assert pod["containers"][0]["volumeMounts"] == [{"name": volume["name"], "mountPath": "/srv/leapfrog/runs"}]
+    assert unit("nightly.service")["Service"]["ReadWritePaths"] == "/srv/leapfrog/runs"
+    assert "1" not in unit("nightly.service")["Service"]["SuccessExitStatus"].split()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd on this machine")
+def test_systemd_accepts_the_timer() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(FOLDER / "nightly.timer")], capture_output=True, text=True, check=False
+    )
+    assert "Unknown" not in done.stderr and "Failed to parse" not in done.stderr
+
+
+def test_the_page_names_only_commands_that_exist() -> None:
+    text = (FOLDER / "nightly.md").read_text()
+    for name in set(re.findall(r"python -m eval\.(\w+)", text)):
+        assert (Path(nightly.__file__).parent / f"{name}.py").is_file(), name
+    for link in set(re.findall(r"\]\(([\w.]+)\)", text)):
+        assert (FOLDER / link).is_file(), link
