@@ -50,6 +50,8 @@ class Adversary(Hook):
 
     terms = Terms(extra="GAN on real data")
 
+    head: nn.Module
+
     def __init__(
         self,
         roles: Roles,

@@ -72,7 +72,7 @@ class ScoreConsistency(Hook):
         h = family.predict(self.roles.fake, x_t, t, rollout.condition).x0
         steps = [self._back(x_t, h.detach(), t, s, torch.randn(x.shape, generator=rng)) for _ in range(2)]
         first, second = (family.predict(self.roles.fake, x_s, s, rollout.condition).x0 - h for x_s in steps)
-        loss = (first * second).flatten(1).mean()
+        loss: Tensor = (first * second).flatten(1).mean()
         rollout.telemetry["consistency"] = loss.detach()
         return self.weight * loss
 
