@@ -47,6 +47,8 @@ def test_keys_do_not_show_in_logs() -> None:
         ),
         ({"LEAPFROG_MAX_N": "0"}, "LEAPFROG_MAX_N is '0'"),
         ({"LEAPFROG_MAX_N": "4", "LEAPFROG_MAX_QUEUE": "2"}, "max_n is 4 and max_queue 2"),
+        ({"LEAPFROG_MAX_N": "4", "LEAPFROG_MAX_KEY_ROWS": "2"}, "max_n is 4 and max_key_rows 2"),
+        ({"LEAPFROG_RESULT_CACHE_MB": "-1"}, "LEAPFROG_RESULT_CACHE_MB is '-1'"),
     ],
 )
 def test_wrong_variables_are_named(variables: dict[str, str], message: str) -> None:
