@@ -3,7 +3,7 @@
     python -m eval.baseline pin bundles/scenes-sdxl --reason "first release"
     python -m eval.baseline list
 
-Pinning takes the newest complete run of each gated suite with exactly these weights, and copies the bundle, so that a
+Pinning takes the newest night's run of each gated suite with exactly these weights, and copies the bundle, so that a
 suspicion can be checked later on prompts that nobody has seen. Exit codes: 0 done, 3 impossible.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,18 +28,16 @@ from eval.store import Store
 def pin(store: Store, bundle: Bundle, gates: Gates, reason: str, *, folder: Path) -> dict[str, Any]:
     """Pin and return the baseline's row. folder: where bundles of baselines are kept, by digest.
 
-    Raises EvalError when a gated suite has no complete, undamaged run of these weights.
+    Raises EvalError when a gated suite has no whole, undamaged run of these weights.
     """
     name = bundle.manifest.name
     runs = {}
     for suite in gates.suites:
         stem = Path(suite).stem
-        ours = (run for run in store.runs(suite=stem) if _is_of(run, bundle.digest))
+        ours = (run for run in store.runs(suite=stem) if _is_of(run, name, bundle.digest) and _is_whole(run))
         run = next(ours, None)
         if run is None:
-            raise EvalError(
-                f"{stem} has no complete run of {bundle.path} as it is; let python -m eval.nightly score it"
-            )
+            raise EvalError(f"{stem} has no whole run of {bundle.path} as it is; let python -m eval.nightly score it")
         runs[suite] = run["id"]
     copy = folder / bundle.digest[:16]
     if not copy.is_dir():
@@ -49,9 +48,17 @@ def pin(store: Store, bundle: Bundle, gates: Gates, reason: str, *, folder: Path
     return store.baselines(name)[0]
 
 
-def _is_of(run: dict[str, Any], digest: str) -> bool:
+def _is_of(run: dict[str, Any], name: str, digest: str) -> bool:
+    """Whether a night made this run of exactly these weights: as many steps, on the runtime, as every night will."""
     identity = run["source"]["identity"] or {}
-    return identity.get("digest") == digest and "damage" not in identity
+    of_a_night = re.fullmatch(rf"{re.escape(name)}, night \d{{4}}-\d\d-\d\d", run["label"]) is not None
+    return of_a_night and identity.get("digest") == digest and "damage" not in identity
+
+
+def _is_whole(run: dict[str, Any]) -> bool:
+    """Whether every sample of the suite was scored, not only the first ones for a quick look."""
+    suite = run["resolved"]
+    return bool(run["scored"] == suite["prompts"]["count"] * suite["seeds_per_prompt"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,6 +62,12 @@ def _channels_swapped(source: Source, prompts: Sequence[Prompt]) -> Images:
     return np.ascontiguousarray(source.make(prompts)[:, ::-1])
 
 
+def _greyed(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """Colour is gone: every channel is the mean of the three."""
+    images = source.make(prompts).astype(np.uint16)
+    return np.repeat((images.sum(axis=1, keepdims=True) + 1) // 3, 3, axis=1).astype(np.uint8)
+
+
 def _blurred(source: Source, prompts: Sequence[Prompt]) -> Images:
     """A mean over 3 × 3 pixels."""
     images = np.pad(source.make(prompts).astype(np.uint16), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
@@ -74,6 +80,7 @@ _TAMPERS: dict[str, Callable[[Source, Sequence[Prompt]], Images]] = {
     "prompt-ignored": _prompt_ignored,
     "seed-ignored": _seed_ignored,
     "channels-swapped": _channels_swapped,
+    "greyed": _greyed,
     "blurred": _blurred,
 }
 _IN_THE_BUNDLE = ("weights-noised", "step-dropped", "weights-coarse")

@@ -74,7 +74,10 @@ def load_config(path: Path) -> Config:
 
 
 def run_night(config: Config, night: str, *, samples: int | None = None, quiet: bool = True) -> list[dict[str, Any]]:
-    """Measure all bundles and enter them into the store. Returns their records."""
+    """Measure all bundles and enter them into the store. Returns their records.
+
+    samples: a quick look, whose runs are kept and which is no night: it enters no history and tells nobody.
+    """
     records = []
     for watch in config.bundles:
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -82,8 +85,9 @@ def run_night(config: Config, night: str, *, samples: int | None = None, quiet: 
             place = Place(config.store, config.cache, config.judges, Path(scratch), samples, quiet)
             record = Night(watch, night, place, store).measure() | {"started": started}
             earlier = [row for row in store.nights(record["bundle"]) if row["night"] < night]
-            record["alert"] = alert_of(record, earlier)
-            store.keep_night(night, record["bundle"], started, record["verdict"], record)
+            record["alert"] = alert_of(record, earlier) if samples is None else None
+            if samples is None:
+                store.keep_night(night, record["bundle"], started, record["verdict"], record)
         records.append(record)
     return records
 

@@ -106,7 +106,7 @@ def _signed(row: dict[str, Any], change: dict[str, Any], digits: int) -> str:
     text = f"{sign * change['delta'] + 0.0:+.{digits}f}"
     if change["low"] is None or change["high"] is None:
         return text
-    low, high = sorted((sign * change["low"], sign * change["high"]))
+    low, high = sorted((sign * change["low"] + 0.0, sign * change["high"] + 0.0))
     return f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 

@@ -142,6 +142,16 @@ def test_a_night_started_again_makes_nothing_twice(site: Site) -> None:
     assert after == before
 
 
+def test_a_quick_look_is_no_night_and_no_baseline(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.night("2026-01-01", "--samples", "4") == 4
+    record = site.record("2026-01-01")
+    assert record["rows"][0]["candidate"]["n"] == 4 and record["alert"] is None
+    with Store(site.store) as store:
+        assert store.nights() == []
+    assert site.pin() == 3
+    assert "no whole run" in capsys.readouterr().err
+
+
 def test_a_metric_that_misses_its_canary_is_invalid(site: Site) -> None:
     site.night("2026-01-01")
     site.pin()
@@ -180,7 +190,7 @@ def test_pinning_needs_runs_of_exactly_these_weights(site: Site, capsys: pytest.
     site.night("2026-01-01")
     fade(site.root / "tiny-sdxl")
     assert site.pin() == 3
-    assert "quick has no complete run" in capsys.readouterr().err
+    assert "quick has no whole run" in capsys.readouterr().err
     assert site.night("2026-01-02") == 4
     assert site.pin() == 0
     assert baseline.main(["list", "--store", str(site.store)]) == 0
