@@ -1,4 +1,4 @@
-"""SenseFlow's two stabilisers (arXiv 2506.00523), without its discriminator on foundation features."""
+"""SenseFlow's two stabilisers (arXiv 2506.00523); its discriminator is in distill.objectives.foundation."""
 
 from __future__ import annotations
 
