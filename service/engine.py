@@ -21,17 +21,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from distill.bundle import Manifest
-from distill.sampling import Table, noise
 from service import metrics
 from service.budget import BatchKey, Budget
 from service.cache import ByteCache
-from service.runtimes.base import Conditioning, Floats, Images, Runtime, latent_shape, stack
-from service.scheduler import Forecast, Job, Priority, Scheduler, together
+from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull, Row, Served
+from service.runtimes.base import Conditioning, Images, Runtime, latent_shape, stack
+from service.scheduler import Forecast, Job, Scheduler, together
+from service.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -41,119 +41,6 @@ MEMORY_WORDS = ("out of memory", "failed to allocate", "bad_alloc", "bad allocat
 
 OUTLOOK_S = 0.25
 """A forecast of everything serves all who ask within this time; it takes milliseconds when the queue is long."""
-
-
-class QueueFull(Exception):
-    """No place in the queue: how many pictures wait, in how many seconds there should be one, whose limit it is."""
-
-    def __init__(self, waiting: int, retry_after_s: float, *, of_owner: bool = False) -> None:
-        super().__init__(f"{waiting} pictures wait")
-        self.waiting, self.retry_after_s, self.of_owner = waiting, retry_after_s, of_owner
-
-
-class DeadlineExceeded(Exception):
-    """The picture cannot be, or was not, ready by its deadline; ``needed_s`` is how long it would have taken."""
-
-    def __init__(self, needed_s: float) -> None:
-        super().__init__(f"{needed_s:.3f} s are needed")
-        self.needed_s = needed_s
-
-
-class OutOfMemory(Exception):
-    """Memory ran out, and again with half the rows."""
-
-
-class EngineClosed(Exception):
-    """The engine takes no more work: it is shutting down or one of its threads has died."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What one request wants: a picture per seed."""
-
-    model: str
-    prompt: str
-    seeds: tuple[int, ...]
-    steps: int
-    size: tuple[int, int]
-    tag: str = ""
-    """The request's id, for the log."""
-    owner: str = ""
-    """Who asks, for fairness and limits; see service.edge."""
-    priority: Priority = "normal"
-    deadline_s: float | None = None
-    """From now on."""
-    cache: bool = True
-    """Whether the encoded prompt may come from the cache and stay in it."""
-    on_step: Callable[[int, int, Floats], None] | None = None
-    """Called on the denoising thread with (index of the seed, steps done, x0 (C, h, w)) after each step; be quick."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage; queue_ms is every wait between stages."""
-
-    pixels: Images
-    seed: int
-    queue_ms: float
-    encode_text_ms: float
-    denoise_ms: float
-    decode_ms: float
-    largest_batch: int
-    prompt_cache: str
-    """hit, miss or off."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """One model on the device."""
-
-    runtime: Runtime
-    manifest: Manifest
-    tables: dict[int, Table]
-    keys: dict[tuple[int, int], BatchKey]
-    """By size of picture."""
-
-
-@dataclass(eq=False)
-class Row:
-    """One picture on its way: after ``job.done`` steps its latents are ``latents`` (1, C, h, w)."""
-
-    order: Order
-    index: int
-    table: Table
-    job: Job
-    future: Future[Picture] = field(default_factory=Future)
-    encode_text_ms: float = 0.0
-    denoise_ms: float = 0.0
-    largest_batch: int = 0
-    prompt_cache: str = "off"
-    latents: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
-    draws: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
-    conditioning: Conditioning = field(default_factory=dict)
-
-    @property
-    def seed(self) -> int:
-        return self.order.seeds[self.index]
-
-    def start(self) -> None:
-        """Draw all noise and set the first latents."""
-        self.draws = noise(self.seed, 0, self.job.key.shape, draws=len(self.table))
-        self.latents = self.draws[:1]
-
-    def fresh_noise(self) -> Floats:
-        """Noise (1, C, h, w) that enters after the current step; nothing enters after the last one."""
-        k = self.job.done + 1
-        return self.draws[k : k + 1] if k < len(self.draws) else np.zeros_like(self.latents)
-
-    def settle(self, outcome: Picture | Exception) -> None:
-        """Tell the waiter, unless it has gone. Only whoever took the row out of the engine's table may call this."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Exception):
-            self.future.set_exception(outcome)
-        else:
-            self.future.set_result(outcome)
 
 
 class Engine:
@@ -511,39 +398,6 @@ class Engine:
         metrics.FAILED.labels(row.order.model).inc()
         logger.error("row failed: %s, request %s, seed %d: %s", row.order.model, row.order.tag, row.seed, error)
         row.settle(error)
-
-
-def warm_up(budget: Budget, served: Served) -> None:
-    """First points of every cost curve, which also lets the runtime prepare every shape that it will meet.
-
-    Loading has measured the steps of the first size already.
-    """
-    runtime, able, name = served.runtime, served.runtime.capabilities, served.manifest.name
-    text = runtime.encode_text([prompt := (served.manifest.examples or ("a picture",))[0]])
-    start = time.perf_counter()
-    runtime.encode_text([prompt])
-    budget.observe_text(name, time.perf_counter() - start)
-    table = served.tables[served.manifest.default_steps]
-    for k, key in enumerate(served.keys.values()):
-        for rows, milliseconds in zip(able.batch_sizes, able.step_ms, strict=True):
-            seconds = milliseconds / 1e3 if k == 0 else _time_step(runtime, text, table, key.shape, rows)
-            budget.observe(key, rows, seconds)
-        latents = noise(0, 0, key.shape)
-        runtime.decode(latents)
-        start = time.perf_counter()
-        runtime.decode(latents)
-        budget.observe_decode(key, time.perf_counter() - start)
-
-
-def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, int, int], rows: int) -> float:
-    """Seconds of the second of two steps: the first one may compile."""
-    latents = np.concatenate([noise(seed, 0, shape) for seed in range(rows)])
-    times = np.full(rows, table.timesteps[0], dtype=np.float32)
-    feed = (latents, times, np.tile(table.rows[0], (rows, 1)), latents, stack([text] * rows))
-    runtime.step(*feed)
-    start = time.perf_counter()
-    runtime.step(*feed)
-    return time.perf_counter() - start
 
 
 def ran_out_of_memory(error: Exception) -> bool:

@@ -20,11 +20,11 @@ from service import errors, metrics
 from service.cache import ByteCache
 from service.edge import STATE, RequestState
 from service.encode import EncodePool
-from service.engine import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull
 from service.errors import ApiError, Disconnected
 from service.idempotency import Gone, Replies
 from service.preview import preview, preview_steps
 from service.registry import Model, Registry
+from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull
 from service.runtimes.base import Floats
 from service.schemas import Plan
 from service.settings import Settings

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from service import answers, schemas
 from service.edge import STATE, RequestState, translate
 from service.encode import Format
-from service.engine import Engine, QueueFull
+from service.engine import Engine
 from service.errors import ApiError, deadline_exceeded, unsupported
 from service.idempotency import Gone
 from service.images import Drawing, Hub, counted, explain, order_of
 from service.registry import Model
+from service.rows import QueueFull
 from service.scheduler import Priority
 from service.schemas import ImageRequest
 from service.settings import LARGEST_SEED

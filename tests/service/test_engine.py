@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from distill.bundle import Bundle
-from service.engine import DeadlineExceeded, Engine, EngineClosed, Order, OutOfMemory, QueueFull
+from service.engine import Engine
+from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, QueueFull
 from service.runtimes import Conditioning, OnnxRuntime, generate
 from service.runtimes.base import Floats
 

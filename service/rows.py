@@ -1,0 +1,128 @@
+"""What travels through the engine: orders, the rows that they become, pictures, and what may go wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distill.bundle import Manifest
+from distill.sampling import Table, noise
+from service.budget import BatchKey
+from service.runtimes.base import Conditioning, Floats, Images, Runtime
+from service.scheduler import Job, Priority
+
+
+class QueueFull(Exception):
+    """No place in the queue: how many pictures wait, in how many seconds there should be one, whose limit it is."""
+
+    def __init__(self, waiting: int, retry_after_s: float, *, of_owner: bool = False) -> None:
+        super().__init__(f"{waiting} pictures wait")
+        self.waiting, self.retry_after_s, self.of_owner = waiting, retry_after_s, of_owner
+
+
+class DeadlineExceeded(Exception):
+    """The picture cannot be, or was not, ready by its deadline; ``needed_s`` is how long it would have taken."""
+
+    def __init__(self, needed_s: float) -> None:
+        super().__init__(f"{needed_s:.3f} s are needed")
+        self.needed_s = needed_s
+
+
+class OutOfMemory(Exception):
+    """Memory ran out, and again with half the rows."""
+
+
+class EngineClosed(Exception):
+    """The engine takes no more work: it is shutting down or one of its threads has died."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one request wants: a picture per seed."""
+
+    model: str
+    prompt: str
+    seeds: tuple[int, ...]
+    steps: int
+    size: tuple[int, int]
+    tag: str = ""
+    """The request's id, for the log."""
+    owner: str = ""
+    """Who asks, for fairness and limits; see service.edge."""
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+    """From now on."""
+    cache: bool = True
+    """Whether the encoded prompt may come from the cache and stay in it."""
+    on_step: Callable[[int, int, Floats], None] | None = None
+    """Called on the denoising thread with (index of the seed, steps done, x0 (C, h, w)) after each step; be quick."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage; queue_ms is every wait between stages."""
+
+    pixels: Images
+    seed: int
+    queue_ms: float
+    encode_text_ms: float
+    denoise_ms: float
+    decode_ms: float
+    largest_batch: int
+    prompt_cache: str
+    """hit, miss or off."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model on the device."""
+
+    runtime: Runtime
+    manifest: Manifest
+    tables: dict[int, Table]
+    keys: dict[tuple[int, int], BatchKey]
+    """By size of picture."""
+
+
+@dataclass(eq=False)
+class Row:
+    """One picture on its way: after ``job.done`` steps its latents are ``latents`` (1, C, h, w)."""
+
+    order: Order
+    index: int
+    table: Table
+    job: Job
+    future: Future[Picture] = field(default_factory=Future)
+    encode_text_ms: float = 0.0
+    denoise_ms: float = 0.0
+    largest_batch: int = 0
+    prompt_cache: str = "off"
+    latents: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    draws: Floats = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    conditioning: Conditioning = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.order.seeds[self.index]
+
+    def start(self) -> None:
+        """Draw all noise and set the first latents."""
+        self.draws = noise(self.seed, 0, self.job.key.shape, draws=len(self.table))
+        self.latents = self.draws[:1]
+
+    def fresh_noise(self) -> Floats:
+        """Noise (1, C, h, w) that enters after the current step; nothing enters after the last one."""
+        k = self.job.done + 1
+        return self.draws[k : k + 1] if k < len(self.draws) else np.zeros_like(self.latents)
+
+    def settle(self, outcome: Picture | Exception) -> None:
+        """Tell the waiter, unless it has gone. Only whoever took the row out of the engine's table may call this."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
