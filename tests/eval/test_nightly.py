@@ -143,9 +143,9 @@ def test_a_night_started_again_makes_nothing_twice(site: Site) -> None:
 
 
 def test_a_quick_look_is_no_night_and_no_baseline(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    assert site.night("2026-01-01", "--samples", "4") == 4
+    assert site.night("2026-01-01", "--samples", "7") == 4
     record = site.record("2026-01-01")
-    assert record["rows"][0]["candidate"]["n"] == 4 and record["alert"] is None
+    assert record["rows"][0]["candidate"]["n"] == 7 and record["alert"] is None
     with Store(site.store) as store:
         assert store.nights() == []
     assert site.pin() == 3

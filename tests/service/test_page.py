@@ -179,8 +179,9 @@ def test_the_python_program_makes_the_shown_picture(page: playwright.Page, tmp_p
 
 def test_pixels_change_while_it_denoises(page: playwright.Page) -> None:
     page.evaluate(
-        "window.seen = new Set(); new MutationObserver(() => window.seen.add(document.getElementById('preview').src))"
-        ".observe(document.getElementById('preview'), {attributes: true, attributeFilter: ['src']})"
+        "() => { const shown = watch; window.seen = new Set();"
+        " window.watch = (event, body) => { shown(event, body);"
+        " if (event?.type === 'image_generation.partial_image') seen.add(document.getElementById('preview').src) } }"
     )
     page.click("label:has(input[name=steps][value='8'])")
     page.click("#go")
