@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from eval.damage import DAMAGES
-from eval.errors import EvalError, nearest
+from eval.errors import EvalError, first_fault, nearest
 from eval.metrics import registered
 from eval.prompts import suite_names
 
@@ -128,10 +128,5 @@ def load_gates(name: str) -> Gates:
     except yaml.YAMLError as error:
         raise EvalError(f"{path} is no YAML: {error}; correct it") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            fields = {*Gates.model_fields, *ScoreGate.model_fields, *CostGate.model_fields, *Guard.model_fields}
-            message = f"unknown; {nearest(str(first['loc'][-1]), fields | {*Canary.model_fields})}"
-        raise EvalError(f"{path}: {where}: {message}") from None
+        fault = first_fault(error, Gates, ScoreGate, CostGate, Guard, Canary)
+        raise EvalError(f"{path}: {fault}") from None

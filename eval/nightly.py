@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from eval.errors import EvalError, nearest
+from eval.errors import EvalError, first_fault, nearest
 from eval.night import Night, Place, Watch
 from eval.notify import alert_of, github_summary, junit, send
 from eval.regression import Verdict, exit_code
@@ -65,12 +65,7 @@ def load_config(path: Path) -> Config:
     except (OSError, yaml.YAMLError) as error:
         raise EvalError(f"{path} cannot be read: {error}; see eval/nightly.yaml") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            message = f"unknown; {nearest(str(first['loc'][-1]), {*Config.model_fields, *Watch.model_fields})}"
-        raise EvalError(f"{path}: {where}: {message}") from None
+        raise EvalError(f"{path}: {first_fault(error, Config, Watch)}") from None
 
 
 def run_night(config: Config, night: str, *, samples: int | None = None, quiet: bool = True) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from distill.data.captions import Caption, describe
 from distill.data.world import Scene, sample_scene
-from eval.errors import EvalError, nearest
+from eval.errors import EvalError, first_fault, nearest
 
 SUITES = Path(__file__).parent / "suites"
 EVALUATION_SEEDS = range(7_000_000, 8_000_000)
@@ -104,16 +104,7 @@ def load_suite(name: str) -> Suite:
     except yaml.YAMLError as error:
         raise EvalError(f"{path} is no YAML: {error}; correct it") from None
     except ValidationError as error:
-        raise EvalError(f"{path}: {_explain(error)}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg']}"
-    fields = [*Suite.model_fields, *Draw.model_fields]
-    return f"{where} is unknown; {nearest(str(first['loc'][-1]), fields)}"
+        raise EvalError(f"{path}: {first_fault(error, Suite, Draw)}") from None
 
 
 def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
