@@ -21,6 +21,7 @@ and a copy of the weights for a UNet of 4 M parameters. Numbers of rows are thos
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,19 @@ from service.runtimes.graphs import OUTPUTS, GraphRuntime
 _HINTS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
 
+@functools.cache
+def core() -> ov.Core:
+    """The process's only Core, kept until it ends.
+
+    Where there is AMX, each Core's CPU plugin gives the thread that loads it a signal stack, and unmaps that when the
+    Core dies: in another thread, or before a later Core that would restore it. The next signal then kills the process.
+    """
+    return ov.Core()
+
+
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 (AMX or AVX512-BF16), so that it is faster than float32."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVinoRuntime(GraphRuntime):
@@ -54,7 +65,6 @@ class OpenVinoRuntime(GraphRuntime):
             raise RuntimeUnavailable(
                 "precision is bfloat16 and this processor has neither AMX nor AVX512-BF16; use float32"
             )
-        self._core = ov.Core()
         super().__init__(bundle, threads=threads, max_batch=max_batch, precision=precision)
 
     @staticmethod
@@ -64,16 +74,14 @@ class OpenVinoRuntime(GraphRuntime):
     def _load(self, bundle: Bundle, graph: str) -> OpenVinoGraph:
         path = bundle.file(bundle.engine(graph).file)
         precision: FixedPrecision = "float32" if graph == "text_encoder" else self.precision
-        return OpenVinoGraph(self._core, path, OUTPUTS[graph], self.threads, precision)
+        return OpenVinoGraph(path, OUTPUTS[graph], self.threads, precision)
 
 
 class OpenVinoGraph:
     """service.runtimes.graphs.Graph as one compiled model per shape of the inputs."""
 
-    def __init__(
-        self, core: ov.Core, path: Path, outputs: tuple[str, ...], threads: int, precision: FixedPrecision
-    ) -> None:
-        self._core, self._path, self._outputs, self._precision = core, path, outputs, precision
+    def __init__(self, path: Path, outputs: tuple[str, ...], threads: int, precision: FixedPrecision) -> None:
+        self._path, self._outputs, self._precision = path, outputs, precision
         self._options = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -83,7 +91,7 @@ class OpenVinoGraph:
         self._compiled: dict[tuple[tuple[int, ...], ...], Callable[[Conditioning], Any]] = {}
         try:
             # Read once: a file that changes on the disk later must not become half of what is served.
-            self._model = core.read_model(path)
+            self._model = core().read_model(path)
         except RuntimeError as error:
             raise self._refused(error) from None
         self.inputs = frozenset(entry.any_name for entry in self._model.inputs)
@@ -117,7 +125,7 @@ class OpenVinoGraph:
 
     def _compile(self, model: ov.Model, precision: FixedPrecision) -> ov.InferRequest:
         hint = _HINTS[precision]
-        compiled = self._core.compile_model(model, "CPU", self._options | {"INFERENCE_PRECISION_HINT": hint})
+        compiled = core().compile_model(model, "CPU", self._options | {"INFERENCE_PRECISION_HINT": hint})
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
         if found != hint:
             raise RuntimeUnavailable(f"{self._path} was compiled in {found} and not in {hint}; use float32")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from distill.sampling import noise
 from service.runtimes import OnnxRuntime, RuntimeUnavailable, generate, open_runtime
 from service.runtimes import openvino as module
 from service.runtimes.base import Conditioning, Floats
-from service.runtimes.openvino import OpenVinoGraph, OpenVinoRuntime, has_bfloat16, take_time_out
+from service.runtimes.openvino import OpenVinoGraph, OpenVinoRuntime, core, has_bfloat16, take_time_out
 
 PROMPTS = ("a small red metal sphere", "a large blue rubber cube left of a green cylinder", "x")
 SEEDS = (3, 4, 5)
@@ -72,26 +74,26 @@ def test_bfloat16_is_near_and_is_not_float32(runtime: OnnxRuntime, bfloat16: Ope
 
 def test_the_part_that_knows_the_time_is_cut_out_whole(float32: OpenVinoRuntime, tiny_bundle: Path) -> None:
     """Both parts in float32 compute what the graph did; a graph without a timestep is left alone."""
-    bundle, core = Bundle.open(tiny_bundle), ov.Core()
+    bundle = Bundle.open(tiny_bundle)
     conditioning = float32.encode_text(PROMPTS)
     table = float32.manifest.samplers[4].table()
     latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
     feed = {"latents": latents, "timestep": table.timesteps[:3], "coefficients": table.rows[:3], "noise": latents}
-    model = core.read_model(bundle.file(bundle.engine("step").file))
+    model = core().read_model(bundle.file(bundle.engine("step").file))
     model.reshape({name: list(value.shape) for name, value in (feed | conditioning).items()})
     time_model = take_time_out(model)
     assert time_model is not None
     assert "timestep" not in {entry.any_name for entry in model.inputs}
     assert [entry.any_name for entry in time_model.inputs] == ["timestep"]
     exact = {"INFERENCE_PRECISION_HINT": ov.Type.f32, "INFERENCE_NUM_THREADS": 1}
-    features = core.compile_model(time_model, "CPU", exact)({"timestep": feed["timestep"]})
+    features = core().compile_model(time_model, "CPU", exact)({"timestep": feed["timestep"]})
     assert {entry.any_name for entry in features} <= {entry.any_name for entry in model.inputs}
     rest = {name: value for name, value in (feed | conditioning).items() if name != "timestep"}
-    parts = core.compile_model(model, "CPU", exact)(rest | {e.any_name: value for e, value in features.items()})
+    parts = core().compile_model(model, "CPU", exact)(rest | {e.any_name: value for e, value in features.items()})
     whole = float32.step(latents, feed["timestep"], feed["coefficients"], latents, conditioning)
     for name, expected in zip(("next", "x0"), whole, strict=True):
         assert np.abs(parts[name] - expected).max() / np.ptp(expected) <= 1e-5
-    decoder = core.read_model(bundle.file(bundle.engine("decoder").file))
+    decoder = core().read_model(bundle.file(bundle.engine("decoder").file))
     assert take_time_out(decoder) is None
 
 
@@ -109,11 +111,36 @@ def test_a_file_that_changes_after_it_was_opened_changes_nothing(tiny_bundle: Pa
     graph = bundle.file(bundle.engine("decoder").file)
     shutil.copyfile(graph, file)
     latents = np.stack([noise(seed, 0, (4, 16, 16))[0] for seed in SEEDS])
-    opened = OpenVinoGraph(ov.Core(), file, ("image",), 1, "float32")
+    opened = OpenVinoGraph(file, ("image",), 1, "float32")
     (first,) = opened.run({"latents": latents[:1]})
     file.write_bytes(bytes(file.stat().st_size))
     (second,) = opened.run({"latents": latents[:2]})
     np.testing.assert_array_equal(second[0], first[0])
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+from pathlib import Path
+from distill.bundle import Bundle
+from service.runtimes.openvino import OpenVinoRuntime
+
+signal.signal(signal.SIGINT, lambda number, frame: print("handled"))
+runtimes = [OpenVinoRuntime(Bundle.open(Path(sys.argv[1])), threads=1, max_batch=1) for _ in range(2)]
+for runtime in runtimes:
+    runtime.encode_text(["x"])
+del runtime
+while runtimes:
+    runtimes.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_signals_are_handled_after_runtimes_are_gone(tiny_bundle: Path) -> None:
+    """A Core that is freed takes the thread's signal stack along, and the next signal kills without a word."""
+    command = [sys.executable, "-X", "faulthandler", "-c", SIGNALLED, str(tiny_bundle)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
 
 
 def test_results_of_a_call_outlive_the_next(float32: OpenVinoRuntime) -> None:
