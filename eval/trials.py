@@ -33,6 +33,7 @@ from eval import judges
 from eval.errors import EvalError, nearest
 from eval.prompts import build_prompts, load_suite
 from eval.store import Store
+from service.runtimes.base import Precision, RuntimeChoice
 
 Clock = Literal["iterations", "wall-clock"]
 OURS = ("name", "output", "seed")
@@ -48,11 +49,13 @@ class _Strict(BaseModel):
 
 
 class Scoring(_Strict):
-    """One suite at one number of steps. samples: only the first ones; None: all."""
+    """One suite at one number of steps. samples: only the first ones; None: all. runtime, precision: as of eval.run."""
 
     suite: str
     steps: int | None = None
     samples: int | None = None
+    runtime: RuntimeChoice = "auto"
+    precision: Precision = "float32"
 
     @property
     def title(self) -> str:
@@ -223,6 +226,7 @@ class Workshop:
         options = ["--suite", score.suite, "--label", job.digest, "--store", str(self.store), "--quiet"]
         options += ["--judges", str(self.judges), "--cache", str(self.home(job) / "samples")]
         options += ["--threads", str(self.threads), "--steps", str(steps_of(job, score))]
+        options += ["--runtime", score.runtime, "--precision", score.precision]
         options += [] if score.samples is None else ["--samples", str(score.samples)]
         self._call(job, f"score-{Path(score.suite).stem}", "eval.run", str(self.home(job) / "bundle"), *options)
         shutil.rmtree(self.home(job) / "samples", ignore_errors=True)
@@ -254,13 +258,16 @@ class Workshop:
         with Store(self.store) as store:
             for row in store.runs(label=job.digest, suite=suite.name):
                 same = row["resolved"] == suite.model_dump(mode="json")
-                if (
-                    same
-                    and row["source"]["identity"]["steps"] == steps_of(job, score)
-                    and row["scored"] == count_of(score)
-                ):
+                if same and row["scored"] == count_of(score) and _made_as(row["source"]["identity"], job, score):
                     return row
         return None
+
+
+def _made_as(identity: dict[str, Any], job: Job, score: Scoring) -> bool:
+    """Whether pictures came from what a score asks for; "auto" takes what there is."""
+    asked = {"runtime": score.runtime, "precision": score.precision}
+    told = {key: value for key, value in asked.items() if value != "auto"}
+    return identity["steps"] == steps_of(job, score) and all(identity[key] == value for key, value in told.items())
 
 
 def steps_of(job: Job, score: Scoring) -> int:

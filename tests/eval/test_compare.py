@@ -109,7 +109,7 @@ def keep(shop: Workshop, job: Job, values: np.ndarray, reward: float, classifier
         Score(name, bootstrap_mean(values), 300, "lower", "", 200, {}, values - values.mean(), "influence")
         for name in ("fid", "kid")
     ]
-    source = {"name": "s", "identity": {"steps": 1}, "about": {}}
+    source = {"name": "s", "identity": {"steps": 1, "runtime": "onnx", "precision": "float32"}, "about": {}}
     info = RunInfo(job.digest, "", suite.name, suite.model_dump(mode="json"), "digits", source, {}, {}, "r", False, 300)
     with Store(shop.store) as store:
         store.complete(store.begin(info), prompts, [score, *others])
@@ -148,6 +148,15 @@ def test_scores_of_different_judges_are_not_compared(tmp_path: Path) -> None:
         keep(shop, job, np.linspace(0, 1, 300), 0.0, classifier=str(number % 2))
     with pytest.raises(Exception, match="digit-accuracy was measured in 2 ways"):
         collect(made, jobs, shop)
+
+
+def test_scores_of_another_runtime_or_number_of_steps_do_not_count(tmp_path: Path) -> None:
+    made, shop = Comparison.model_validate(TREE), Workshop(tmp_path, 1, ROOT / "models")
+    (job, *_), (score,) = plan(made), made.scores
+    keep(shop, job, np.linspace(0, 1, 300), 0.0)
+    asked = {"runtime": "onnx"}, {"runtime": "openvino"}, {"precision": "bfloat16"}, {"steps": 2}, {"samples": 200}
+    found = [shop.scored(job, score.model_copy(update=change)) is not None for change in ({}, *asked)]
+    assert found == [True, True, False, False, False, False]
 
 
 # --- for real ------------------------------------------------------------------------------------------------------
