@@ -41,6 +41,9 @@ class SceneData(Strict):
     seed: int = 1
     count: int = Field(50_000, gt=0)
     size: int = Field(64, ge=16)
+    held_out_prompts: Fraction | None = Field(
+        None, description="share of a distillation's prompts that name held-out combinations; pictures never show them"
+    )
 
 
 class Base(Strict):

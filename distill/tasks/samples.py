@@ -54,7 +54,12 @@ class SceneSamples:
         self._latents: NDArray[np.generic] | None = None
 
     def conditions(self, iteration: int, micro: int, size: int) -> list[str]:
-        return self._captions(self._index(iteration, micro, size), iteration, micro)
+        index = self._index(iteration, micro, size)
+        share = self.data.held_out_prompts
+        if not share:
+            return self._captions(index, iteration, micro)
+        beyond = seeded(self.seed, iteration, micro, "held-out").random(size) < share
+        return self._captions(index, iteration, micro, np.where(beyond, "held_out", "trained"))
 
     def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[str]]:
         if self._latents is None:
@@ -68,9 +73,13 @@ class SceneSamples:
     def _index(self, iteration: int, micro: int, size: int) -> NDArray[np.int64]:
         return np.sort(batch_indices(self.seed, iteration, micro, size, self.data.count))
 
-    def _captions(self, index: NDArray[np.int64], iteration: int, micro: int) -> list[str]:
+    def _captions(
+        self, index: NDArray[np.int64], iteration: int, micro: int, combinations: NDArray[np.str_] | None = None
+    ) -> list[str]:
         rng = seeded(self.seed, iteration, micro, "captions")
-        return [describe(sample_scene(self.data.seed, int(i)), rng).text for i in index]
+        kinds = ["trained"] * len(index) if combinations is None else combinations
+        scenes = [sample_scene(self.data.seed, int(i), combinations=str(k)) for i, k in zip(index, kinds, strict=True)]
+        return [describe(scene, rng).text for scene in scenes]
 
     def _cache(self) -> NDArray[np.generic]:
         images = scene_images(self.data.seed, self.data.count, self.data.size)

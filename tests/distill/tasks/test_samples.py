@@ -1,0 +1,36 @@
+"""What a distillation is prompted with: captions of trained combinations, or a share of others."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from distill.config import SceneData
+from distill.data.world import HELD_OUT
+from distill.tasks.samples import SceneSamples
+
+SIZE = 200
+
+
+def prompts(**data: Any) -> list[str]:
+    return SceneSamples(SceneData(**data), 0, cast(Any, None)).conditions(3, 0, SIZE)
+
+
+def names_held_out(caption: str) -> bool:
+    """Whether it names a held-out combination in the grammar's plainest words; others go unseen."""
+    surfaces = ("", "metal ", "rubber ")
+    return any(f"{colour} {surface}{shape}" in caption for colour, shape in HELD_OUT for surface in surfaces)
+
+
+def test_prompts_are_those_of_the_data_unless_a_share_is_held_out() -> None:
+    assert prompts() == prompts(held_out_prompts=0.0)
+    assert not any(names_held_out(caption) for caption in prompts())
+    named = {share: sum(map(names_held_out, prompts(held_out_prompts=share))) for share in (0.5, 1.0)}
+    assert 0 < named[0.5] < named[1.0]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_is_between_zero_and_one(share: float) -> None:
+    with pytest.raises(ValueError, match="held_out_prompts"):
+        SceneData(held_out_prompts=share)
