@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from distill.objectives import options
+from distill.parallel.options import Parallel
 from distill.strict import Decay, Fraction, Steps, Strict
 from distill.telemetry.options import Probing
 
@@ -53,7 +54,8 @@ class Base(Strict):
     seed: int = Field(0, ge=0)
     iterations: int = Field(gt=0)
     batch_size: int = Field(gt=0, description="samples per optimizer step; accumulate splits it")
-    accumulate: int = Field(1, gt=0, description="micro-batches per optimizer step")
+    accumulate: int = Field(1, gt=0, description="micro-batches per optimizer step, over all ranks")
+    parallel: Parallel = Parallel()
     precision: Literal["float32", "bfloat16"] = "float32"
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps none")
     log_every: int = Field(50, gt=0)
