@@ -6,33 +6,33 @@ them one at a time, so that only one graph is alive:
     for phase in task.phases(iteration):  for each micro-batch: loss.backward();  clip;  optimizer[role].step()
 
 Everything random is drawn from generators seeded by (seed, iteration, micro-batch, purpose), so a resumed run equals
-an uninterrupted one without any generator state.
+an uninterrupted one without any generator state, and several ranks share the micro-batches of one (distill.parallel).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import logging
 import math
-import os
 import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distill.bundle import sha256
 from distill.config import Base, Optimizer
+from distill.parallel import checkpoint, gradients
+from distill.parallel.mean import Average
+from distill.parallel.shard import materialise, mesh_of, shard, sharded
+from distill.parallel.world import world
 from distill.telemetry.sink import Sink, Total, Value
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,19 @@ class Probed(Protocol):
         ...
 
 
+@runtime_checkable
+class Shardable(Protocol):
+    """A task whose networks can be sharded; every other parameter of its roles is held whole by each rank."""
+
+    def networks(self) -> list[nn.Module]:
+        """All networks that run in training, trained or frozen."""
+        ...
+
+    def blocks(self) -> tuple[type[nn.Module], ...]:
+        """Modules that are gathered one at a time."""
+        ...
+
+
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator that depends on its key alone, such as (seed, iteration, micro, "noise")."""
     words = [int.from_bytes(k.encode()[:8], "little") if isinstance(k, str) else int(k) for k in key]
@@ -101,18 +114,44 @@ class Trainer:
     """Runs a task to its end. ``run()`` returns True when the run is complete, False when it was interrupted."""
 
     def __init__(self, task: Task, folder: Path, *, quiet: bool = False) -> None:
-        self.task, self.recipe, self.folder, self.quiet = task, task.recipe, folder, quiet
+        self.task, self.recipe, self.folder, self.world = task, task.recipe, folder, world()
+        self.quiet = quiet or not self.world.leader
         self.iteration = 0
+        try:
+            self.micros = self.world.micros(self.recipe.accumulate)
+            self._place()
+        except ValueError as error:
+            raise TrainingError(f"{self.recipe.name}: {error}") from None
         self.optimizers = {role: _adamw(task.roles[role], task.optimizers[role]) for role in task.roles}
-        self.ema = {r: copy.deepcopy(m).requires_grad_(False) for r, m in task.roles.items()} if self.recipe.ema else {}
+        self.ema = {role: Average(module) for role, module in task.roles.items()} if self.recipe.ema else {}
         self._stop: int | None = None
+
+    def _place(self) -> None:
+        """Shard the task's networks, or hold them whole; all ranks start from rank 0's values."""
+        self.sharded = False
+        if self.world.size == 1:
+            return
+        networks = self.task.networks() if isinstance(self.task, Shardable) else []
+        if self.recipe.parallel.strategy != "ddp":
+            if not isinstance(self.task, Shardable):
+                raise ValueError(f"task {self.recipe.task} holds its networks whole; use parallel.strategy=ddp")
+            mesh, self.sharded = mesh_of(self.recipe.parallel, self.world.size), True
+            for network in networks:
+                shard(network, self.task.blocks(), mesh, self.recipe.precision)
+        inside = {id(m) for network in networks if sharded(network) for m in network.modules()}
+        for module in [*networks, *self.task.roles.values()]:
+            if not sharded(module):
+                materialise(module)
+            else:
+                for part in [m for m in module.children() if id(m) not in inside]:
+                    materialise(part)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         recipe: Base = self.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
-        sink = Sink(self.folder, self.iteration)
+        sink = Sink(self.folder, self.iteration) if self.world.leader else _Kept()
         bar = tqdm(total=recipe.iterations, initial=self.iteration, desc=recipe.name, unit="it", disable=self.quiet)
         with self._signals(), contextlib.closing(sink), contextlib.closing(bar):
             while self.iteration < recipe.iterations:
@@ -120,26 +159,34 @@ class Trainer:
                 self.iteration += 1
                 bar.update()
                 sink.add(telemetry)
-                if self._probes():
-                    sink.add({name: [value] for name, value in self._probe().items()})
+                if self._probes() and self._joins:
+                    probed = self._probe()
+                    sink.add({name: [value] for name, value in probed.items()} if self.world.leader else {})
                 last = self.iteration == recipe.iterations
                 if self.iteration % recipe.log_every == 0 or last:
+                    sink.values = _merged(self.world.gather(_on_cpu(sink.values)), sink.values)
                     bar.set_postfix(sink.flush(self.iteration, recipe.batch_size))
-                if self.iteration % recipe.preview_every == 0 or last:
+                if (self.iteration % recipe.preview_every == 0 or last) and self._joins:
                     with self.averaged():
                         sink.picture(self.iteration, self.task.preview())
-                if self.iteration % recipe.save_every == 0 or last or self._stop is not None:
+                stop = self.world.most(self._stop or 0)
+                if self.iteration % recipe.save_every == 0 or last or stop:
                     self.save()
-                if self._stop is not None and not last:
-                    log.warning(
-                        "stopped by signal %d at iteration %d; continue with --resume", self._stop, self.iteration
-                    )
+                if stop and not last:
+                    log.warning("stopped by signal %d at iteration %d; continue with --resume", stop, self.iteration)
                     return False
-        with self.averaged():
-            output = Path(recipe.output)
-            output.mkdir(parents=True, exist_ok=True)
-            self.task.finish(output)
+        if self._joins:
+            with self.averaged():
+                output = Path(recipe.output)
+                output.mkdir(parents=True, exist_ok=True)
+                self.task.finish(output)
+        self.world.barrier()
         return True
+
+    @property
+    def _joins(self) -> bool:
+        """Whether this rank takes part in previews, probes and results: sharded networks need all ranks to run."""
+        return self.world.leader or self.sharded
 
     def _probes(self) -> bool:
         every = self.task.probe_every if isinstance(self.task, Probed) else None
@@ -151,12 +198,27 @@ class Trainer:
         for module in modes:
             module.eval()
         try:
-            with torch.random.fork_rng(devices=[]):  # a network's own dropout must not move training's stream
-                telemetry = self.task.probe(self.folder / "probes", self.iteration)
+            # A network's own dropout must not move training's stream.
+            with torch.random.fork_rng(devices=[]), self._probe_folder() as folder:
+                telemetry = self.task.probe(folder, self.iteration)
         finally:
             for module, mode in modes.items():
                 module.train(mode)
         return {**telemetry, "cpu_seconds/probe": Total(time.process_time() - began)}
+
+    @contextlib.contextmanager
+    def _probe_folder(self) -> Iterator[Path]:
+        """The run's own for the leader, a copy of its present state for the other ranks of a sharded probe."""
+        folder = self.folder / "probes"
+        if not self.sharded:
+            yield folder
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            own = Path(scratch) / "probes"
+            if not self.world.leader and folder.is_dir():
+                shutil.copytree(folder, own)
+            self.world.barrier()
+            yield folder if self.world.leader else own
 
     def _step(self) -> dict[str, list[Value]]:
         """One iteration; telemetry as one value per micro-batch."""
@@ -167,27 +229,30 @@ class Trainer:
             rate = settings.learning_rate * schedule(settings, self.iteration, self.recipe.iterations)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            for micro in range(self.recipe.accumulate):
+            role = self.task.roles[phase.role]
+            for micro in self.micros:
                 loss, values = phase.loss(micro)
-                (loss / self.recipe.accumulate).backward()
+                (loss / len(self.micros)).backward()
                 for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
                     telemetry.setdefault(name, []).append(value)
-            norm = nn.utils.clip_grad_norm_(self.task.roles[phase.role].parameters(), settings.clip)
-            if not all(math.isfinite(float(v)) for v in (norm, *telemetry[f"{phase.role}/loss"])):
+            gradients.average(role.parameters(), self.world)
+            norm = gradients.clip(role.parameters(), settings.clip)
+            finite = all(math.isfinite(float(v)) for v in (norm, *telemetry[f"{phase.role}/loss"]))
+            if self.world.most(not finite):
                 raise self._not_finite(phase.role)
             telemetry[f"{phase.role}/grad_norm"] = [norm]
             optimizer.step()
-            for role in self.task.roles:
-                self.optimizers[role].zero_grad(set_to_none=True)
+            for each in self.optimizers.values():
+                each.zero_grad(set_to_none=True)
             if self.ema:
-                self._average(phase.role)
+                self.ema[phase.role].follow(min(self.recipe.ema, (1 + self.iteration) / (10 + self.iteration)))
             if phase.after is not None:
                 phase.after()
             telemetry[f"cpu_seconds/{phase.role}"] = [Total(time.process_time() - began)]
         return telemetry
 
     def _not_finite(self, role: str) -> TrainingError:
-        saved = self._checkpoints()
+        saved = checkpoint.saved(self.folder)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
         return TrainingError(
             f"{self.recipe.name}: the loss or gradient of {role!r} is not finite at iteration {self.iteration}; "
@@ -213,19 +278,11 @@ class Trainer:
 
     # --- averaged weights ------------------------------------------------------------------------------------------
 
-    def _average(self, role: str) -> None:
-        decay = min(self.recipe.ema, (1 + self.iteration) / (10 + self.iteration))
-        source, target = self.task.roles[role], self.ema[role]
-        with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
-            for a, b in zip(target.buffers(), source.buffers(), strict=True):
-                a.copy_(b)
-
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Swap the averaged weights into the task's modules for previews, export and scores."""
-        pairs = [(m, self.ema[r]) for r, m in self.task.roles.items() if r in self.ema]
-        _swap(pairs)
+        for average in self.ema.values():
+            average.swap()
         modes = {m: m.training for m in self.task.roles.values()}
         for module in modes:
             module.eval()
@@ -234,56 +291,51 @@ class Trainer:
         finally:
             for module, mode in modes.items():
                 module.train(mode)
-            _swap(pairs)
+            for average in self.ema.values():
+                average.swap()
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write checkpoints/step-N atomically: everything under a temporary name, then one rename."""
-        final = self.folder / "checkpoints" / f"step-{self.iteration:07d}"
-        temporary = final.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(self._tensors(), temporary / "state.safetensors")
+        """Write checkpoints/step-N (distill.parallel.checkpoint). Raises TrainingError if it cannot be written."""
         facts = {
-            "iteration": self.iteration,
             "task": self.recipe.task,
             "name": self.recipe.name,
+            "ranks": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
-            "sha256": sha256(temporary / "state.safetensors"),
         }
-        (temporary / "state.json").write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in self._checkpoints()[: -self.recipe.keep_checkpoints]:
-            shutil.rmtree(old)
-        return final
+        try:
+            return checkpoint.write(
+                self.folder, self.iteration, self._tensors(), facts, self.world, keep=self.recipe.keep_checkpoints
+            )
+        except checkpoint.CheckpointError as error:
+            raise TrainingError(f"{self.recipe.name}: {error}") from None
 
     def resume(self) -> int:
-        """Load the newest checkpoint of this run and return its iteration. Raises TrainingError if it does not fit."""
-        saved = self._checkpoints()
-        if not saved:
-            raise TrainingError(f"{self.folder} has no checkpoint to resume; start without --resume")
-        facts, tensors = _read(saved[-1])
+        """Load the newest whole checkpoint of this run, written by any number of ranks, and return its iteration.
+
+        Raises TrainingError if there is none, or if it does not fit.
+        """
+        try:
+            newest, facts = checkpoint.newest(self.folder, self.world)
+        except checkpoint.CheckpointError as error:
+            raise TrainingError(str(error)) from None
         if (facts["task"], facts["name"]) != (self.recipe.task, self.recipe.name):
             raise TrainingError(
-                f"{saved[-1]} belongs to {facts['task']} {facts['name']!r}, not to {self.recipe.task} "
-                f"{self.recipe.name!r}; resume it with its own recipe"
+                f"{newest} belongs to {facts['task']} {facts['name']!r}, not to {self.recipe.task} "
+                f"{self.recipe.name!r}; resume it with its own recipe, or name it in initialise_from"
             )
         try:
-            self._restore(tensors)
-        except (RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+            self._restore(newest)
+        except ValueError as error:
             raise TrainingError(
-                f"{saved[-1]} does not fit the recipe's model ({first}); resume it with its own recipe"
+                f"{newest} does not fit the recipe's model ({error}); resume it with its own recipe"
             ) from None
         self.iteration = int(facts["iteration"])
         return self.iteration
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if p.suffix != ".tmp")
-
     def _tensors(self) -> dict[str, Tensor]:
+        """Everything that goes on after a resume, by role, kind and name; shards as DTensors."""
         tensors: dict[str, Tensor] = {}
         for role, module in self.task.roles.items():
             _put(tensors, f"{role}/model", module.state_dict())
@@ -293,30 +345,15 @@ class Trainer:
                 _put(tensors, f"{role}/optimizer/{i}", state)
         return tensors
 
-    def _restore(self, tensors: dict[str, Tensor]) -> None:
-        for role, module in self.task.roles.items():
-            module.load_state_dict(_take(tensors, f"{role}/model"))
-            if role in self.ema:
-                self.ema[role].load_state_dict(_take(tensors, f"{role}/ema"))
-            optimizer = self.optimizers[role]
-            states: dict[int, dict[str, Tensor]] = {}
-            for key, value in _take(tensors, f"{role}/optimizer").items():
-                index, _, name = key.partition("/")
-                states.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Facts and tensors of a checkpoint. Raises TrainingError for one that is not as it was written."""
-    state = checkpoint / "state.safetensors"
-    try:
-        facts = json.loads((checkpoint / "state.json").read_text())
-        whole = sha256(state) == facts["sha256"]
-    except (OSError, ValueError, KeyError):
-        state, whole = checkpoint, False
-    if not whole:
-        raise TrainingError(f"{state} was altered or truncated; delete {checkpoint} to resume from an older one")
-    return facts, load_file(checkpoint / "state.safetensors")
+    def _restore(self, saved: Path) -> None:
+        """Read a checkpoint in place. Raises ValueError, before any weight is changed, if it does not fit."""
+        stored = checkpoint.shapes(saved)
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(_blank(optimizer, stored, f"{role}/optimizer/"))
+        tensors = self._tensors()
+        if unknown := sorted(stored.keys() - tensors.keys()):
+            raise ValueError(f"{unknown[0]} is unknown here")
+        checkpoint.read(saved, tensors, self.world)
 
 
 def schedule(settings: Optimizer, iteration: int, iterations: int) -> float:
@@ -336,15 +373,51 @@ def _adamw(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     )
 
 
-def _swap(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-    for a, b in pairs:
-        for x, y in zip([*a.parameters(), *a.buffers()], [*b.parameters(), *b.buffers()], strict=True):
-            x.data, y.data = y.data, x.data
-
-
 def _put(tensors: dict[str, Tensor], prefix: str, values: Mapping[str, Tensor]) -> None:
-    tensors.update({f"{prefix}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
+    tensors.update({f"{prefix}/{k}": v.detach() for k, v in values.items()})
 
 
-def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix + "/"): v for k, v in tensors.items() if k.startswith(prefix + "/")}
+def _blank(optimizer: torch.optim.Optimizer, stored: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
+    """An optimizer's state with the entries that a checkpoint has, to be filled: moments lie as their parameters do."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for index, _, name in (key.removeprefix(prefix).partition("/") for key in stored if key.startswith(prefix)):
+        if int(index) >= len(parameters):
+            raise ValueError(f"it has {prefix}{index} for {len(parameters)} parameters")
+        like = parameters[int(index)]
+        states.setdefault(int(index), {})[name] = torch.zeros(()) if name == "step" else torch.zeros_like(like)
+    return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+class _Kept:
+    """What a rank tells between two flushes when another one writes: a Sink without files."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Value]] = {}
+
+    def add(self, telemetry: Mapping[str, Sequence[Value]]) -> None:
+        for name, values in telemetry.items():
+            self.values.setdefault(name, []).extend(values)
+
+    def flush(self, iteration: int, batch_size: int) -> dict[str, str]:
+        self.values = {}
+        return {}
+
+    def picture(self, iteration: int, images: Tensor) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _merged(told: Sequence[Mapping[str, list[Value]]], own: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
+    """The values of all ranks in the order of ranks, which is that of micro-batches."""
+    if len(told) == 1:
+        return dict(own)
+    names = dict.fromkeys(name for values in told for name in values)
+    return {name: [value for values in told for value in values.get(name, ())] for name in names}
+
+
+def _on_cpu(values: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
+    """Values that can travel: no graphs, no devices."""
+    return {name: [v.detach().cpu() if isinstance(v, Tensor) else v for v in some] for name, some in values.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import distill.trainer
+import distill.parallel.checkpoint
 from distill.config import Base, Optimizer, load_recipe
 from distill.objectives.plan import Hook
 from distill.run import main
@@ -153,9 +155,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"name": "other"}, {"task": "tay"}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, str]) -> None:
-    trainer(tmp_path).run()
-    facts_file = tmp_path / "run/checkpoints/step-0000006/state.json"
-    facts_file.write_text(json.dumps(json.loads(facts_file.read_text()) | change))
+    other = trainer(tmp_path)
+    other.recipe = other.recipe.model_copy(update=change)
+    other.run()
     with pytest.raises(
         TrainingError, match=r"step-0000006 belongs to .*, not to toy 'toy'; resume it with its own recipe"
     ):
@@ -163,10 +165,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "no facts", "no tensors", "torn facts"])
-def test_a_damaged_state_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_state_is_passed_over_for_the_last_whole_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     trainer(tmp_path).run()
-    newest = tmp_path / "run/checkpoints/step-0000006"
-    tensors, facts = newest / "state.safetensors", newest / "state.json"
+    newest, older = (tmp_path / f"run/checkpoints/step-000000{n}" for n in (6, 4))
+    break_checkpoint(newest, damage)
+    t = trainer(tmp_path)
+    assert t.resume() == 4
+    assert re.search(r"step-0000006.* was altered or truncated; going on with the one before it", caplog.text)
+    break_checkpoint(older, damage)
+    before = {k: v.clone() for k, v in t.task.roles["a"].state_dict().items()}
+    with pytest.raises(
+        TrainingError, match=r"step-0000006.* was altered or truncated; delete .*step-0000006 to resume"
+    ):
+        t.resume()
+    assert_equal(before, t.task.roles["a"].state_dict())
+
+
+def break_checkpoint(checkpoint: Path, damage: str) -> None:
+    tensors, facts = checkpoint / "state.safetensors", checkpoint / "state.json"
     content = bytearray(tensors.read_bytes())
     if damage == "truncate":
         tensors.write_bytes(content[:-10])
@@ -179,13 +197,16 @@ def test_a_damaged_state_is_refused_by_name(tmp_path: Path, damage: str) -> None
         tensors.unlink()
     else:
         facts.write_text(facts.read_text()[:20])
-    t = trainer(tmp_path)
-    before = {k: v.clone() for k, v in t.task.roles["a"].state_dict().items()}
-    with pytest.raises(
-        TrainingError, match=r"step-0000006.* was altered or truncated; delete .*step-0000006 to resume"
-    ):
-        t.resume()
-    assert_equal(before, t.task.roles["a"].state_dict())
+
+
+def test_a_damaged_newer_state_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
+    trainer(tmp_path, save_every=3).run()
+    break_checkpoint(tmp_path / "run/checkpoints/step-0000006", "truncate")
+    again = trainer(tmp_path, save_every=1, keep_checkpoints=1, iterations=4)
+    assert again.resume() == 3
+    again.run()
+    assert (tmp_path / "run/checkpoints/step-0000004").is_dir()
+    assert trainer(tmp_path).resume() == 4
 
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -196,27 +217,43 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
         t.resume()
 
 
-@pytest.mark.parametrize("crash", ["save_file", "sha256"])
-def test_a_crash_while_saving_leaves_the_older_checkpoint_usable(
+@pytest.mark.parametrize("crash", ["save_file", "sha256", "_sync"])
+def test_a_full_disk_while_saving_leaves_the_older_checkpoint_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     def torn(*arguments: Any) -> None:
         if crash == "save_file":
             Path(arguments[1]).write_bytes(b"half a file")
-        raise OSError("the disk is full")
+        raise OSError(28, "No space left on device")
 
     trainer(tmp_path, iterations=4).run()
     crashing = trainer(tmp_path)
     crashing.iteration = 6
     with monkeypatch.context() as patch:
-        patch.setattr(distill.trainer, crash, torn)
-        with pytest.raises(OSError, match="the disk is full"):
+        patch.setattr(distill.parallel.checkpoint, crash, torn)
+        with pytest.raises(TrainingError, match=r"step-0000006 could not be written \(.*No space.*-0000004. Make room"):
             crashing.save()
-    assert (tmp_path / "run/checkpoints/step-0000006.tmp").is_dir()
+    assert not list((tmp_path / "run/checkpoints").glob("*.tmp"))
     again = trainer(tmp_path)
     assert again.resume() == 4
     assert again.run()
-    assert not list((tmp_path / "run/checkpoints").glob("*.tmp"))
+
+
+def test_a_checkpoint_of_the_first_releases_is_resumed(tmp_path: Path) -> None:
+    """One file, and no manifest but its digest in state.json."""
+    trainer(tmp_path, iterations=4).run()
+    newest = tmp_path / "run/checkpoints/step-0000004"
+    facts = json.loads((newest / "state.json").read_text())
+    facts["sha256"] = json.loads((newest / "COMPLETE").read_text())["files"]["state.safetensors"]["sha256"]
+    (newest / "COMPLETE").unlink()
+    (newest / "state.json").write_text(json.dumps(facts))
+    t = trainer(tmp_path)
+    assert t.resume() == 4
+    assert_equal(state(tmp_path / "run", 4), t._tensors())
+    shutil.rmtree(tmp_path / "run/checkpoints/step-0000002")
+    break_checkpoint(newest, "alter")
+    with pytest.raises(TrainingError, match=r"step-0000004/state.safetensors was altered"):
+        trainer(tmp_path).resume()
 
 
 # --- the digits distillation itself ---------------------------------------------------------------------------------
@@ -404,9 +441,9 @@ def test_averages_follow_the_weights_with_a_warm_up(tmp_path: Path) -> None:
         t.iteration += 1
         decay = min(0.15, (1 + i) / (10 + i))
         expected = decay * expected + (1 - decay) * t.task.roles["a"][0].weight.detach()
-        torch.testing.assert_close(t.ema["a"][0].weight, expected)
-    assert t.ema["a"][1].num_batches_tracked == 4
-    assert t.ema["b"][1].num_batches_tracked == 2
+        torch.testing.assert_close(t.ema["a"].named["0.weight"], expected)
+    assert t.ema["a"].named["1.num_batches_tracked"] == 4
+    assert t.ema["b"].named["1.num_batches_tracked"] == 2
 
 
 def test_averaged_weights_are_swapped_in_and_back(tmp_path: Path) -> None:
@@ -415,13 +452,13 @@ def test_averaged_weights_are_swapped_in_and_back(tmp_path: Path) -> None:
         t._step()
         t.iteration += 1
     role, average = t.task.roles["a"], t.ema["a"]
-    own, mean = role[0].weight.detach().clone(), average[0].weight.clone()
+    own, mean = role[0].weight.detach().clone(), average.named["0.weight"].clone()
     assert not torch.equal(own, mean)
     with contextlib.suppress(KeyError), t.averaged():
-        assert torch.equal(role[0].weight, mean) and torch.equal(average[0].weight, own)
+        assert torch.equal(role[0].weight, mean) and torch.equal(average.named["0.weight"], own)
         assert not role.training
         raise KeyError("a preview failed")
-    assert torch.equal(role[0].weight, own) and torch.equal(average[0].weight, mean)
+    assert torch.equal(role[0].weight, own) and torch.equal(average.named["0.weight"], mean)
     assert role.training
 
 
