@@ -198,10 +198,21 @@ class DistillRecipe(Base):
     """Few-step distillation. Without any of the optional sections it is DMD2 (without its GAN)."""
 
     task: Literal["distill"]
-    teacher: str
-    data: SceneData | Literal["digits"] = SceneData()
+    teacher: str = Field(description="a bundle, a diffusers folder or a hub id")
+    family: Literal["sdxl", "sd15", "sit", "wan"] | None = Field(
+        None, description="of the teacher; None: as its folder or hub id says"
+    )
+    size: tuple[int, int] | None = Field(None, description="(width, height) in pixels; None: the teacher's own")
+    frames: int | None = Field(None, ge=1, description="of a video; None: the teacher's own")
+    shift: float | None = Field(None, gt=0, description="time shift of a flow; None: as the teacher's scheduler says")
+    data: SceneData | Literal["digits", "labels"] = Field(
+        SceneData(), description="labels: the teacher's classes, drawn alike, without pictures"
+    )
     steps: tuple[Steps, ...] = Field(
         (4,), min_length=1, description="numbers of steps that the student learns; each grid is trailing"
+    )
+    timesteps: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="of the only grid, latest first, in the model's own time; None: trailing"
     )
     step_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None, description="how often each is trained; None: equally"
@@ -289,6 +300,10 @@ class DistillRecipe(Base):
                 f"micro-batches of {self.batch_size // self.accumulate} do not hold whole groups of "
                 f"{self.advantage.group}; change batch_size, accumulate or advantage.group"
             )
+        if self.timesteps is not None and self.steps != (len(self.timesteps),):
+            raise ValueError(f"timesteps has {len(self.timesteps)} entries for steps {list(self.steps)}; name one grid")
+        if self.timesteps is not None and list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
+            raise ValueError(f"timesteps is {self.timesteps}; give different times, the latest first")
         if self.step_weights is not None and len(self.step_weights) != len(self.steps):
             raise ValueError(f"step_weights has {len(self.step_weights)} entries for {len(self.steps)} steps")
         if self.time_range[0] >= self.time_range[1]:

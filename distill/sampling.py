@@ -13,7 +13,8 @@ Time is in the model's own units: 0 … 999 for variance-preserving models (SDXL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 COEFFICIENTS = ("p", "q", "u", "y", "w")
 PREDICTIONS = ("epsilon", "v", "flow")
+Grids = Mapping[int, tuple[float, ...]]
+"""Times by number of steps where they are not the schedule's own: {1: (399.0,)} for SDXL in one step."""
 
 
 class Schedule(Protocol):
@@ -44,12 +47,15 @@ class ScaledLinear:
     zero_terminal: √ᾱ shifted and scaled so that the last timestep is pure noise (Lin et al., arXiv 2305.08891,
     algorithm 1). Samplers start from pure noise; without it training never sees any, and what shines through at
     timestep 999 (√ᾱ = 0.068) is enough to learn the layout from. Needs v-prediction: at ᾱ = 0, ε says nothing of x0.
+    linear: β itself is linear, as in DDPM and DiT, from 0.0001 to 0.02 there.
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_timesteps: int = 1000
     zero_terminal: bool = False
+    linear: bool = False
+    grids: Grids = field(default_factory=dict, hash=False)
 
     @property
     def t_max(self) -> float:
@@ -58,6 +64,8 @@ class ScaledLinear:
     @property
     def alphas_cumprod(self) -> Array:
         betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps) ** 2
+        if self.linear:
+            betas = np.linspace(self.beta_start, self.beta_end, self.num_timesteps)
         cumulative = np.cumprod(1.0 - betas)
         if not self.zero_terminal:
             return np.asarray(cumulative)
@@ -71,8 +79,10 @@ class ScaledLinear:
         return np.asarray(np.sqrt(1.0 - self.alphas_cumprod[np.asarray(t, dtype=np.int64)]))
 
     def grid(self, steps: int) -> Array:
-        """Trailing spacing: 999, 749, 499, 249 for four steps."""
+        """Trailing spacing: 999, 749, 499, 249 for four steps, unless ``grids`` has other times."""
         _check_steps(steps)
+        if steps in self.grids:
+            return np.asarray(self.grids[steps], dtype=np.float64)
         return np.asarray(np.round(np.arange(steps, 0, -1) * self.num_timesteps / steps) - 1.0)
 
 
@@ -84,6 +94,8 @@ class Flow:
 
     t_max: float = 1.0
 
+    grids: Grids = field(default_factory=dict, hash=False)
+
     def alpha(self, t: Array) -> Array:
         return np.asarray(1.0 - np.asarray(t, dtype=np.float64))
 
@@ -91,10 +103,24 @@ class Flow:
         return np.asarray(t, dtype=np.float64)
 
     def grid(self, steps: int) -> Array:
-        """Uniform times 1, 1 − 1/n, …, 1/n, then shifted."""
+        """Uniform times 1, 1 − 1/n, …, 1/n, then shifted: 1, 0.9375, 0.8333, 0.625 for four steps with shift 5.
+
+        ``grids`` holds shifted times already.
+        """
         _check_steps(steps)
-        t = np.arange(steps, 0, -1) / steps
-        return np.asarray(self.shift * t / (1.0 + (self.shift - 1.0) * t))
+        if steps in self.grids:
+            return np.asarray(self.grids[steps], dtype=np.float64)
+        return self.warp(np.arange(steps, 0, -1) / steps)
+
+    def warp(self, u: Array) -> Array:
+        """Shifted times of uniform ones in [0, 1]."""
+        u = np.asarray(u, dtype=np.float64)
+        return np.asarray(self.shift * u / (1.0 + (self.shift - 1.0) * u))
+
+    def unwarp(self, t: Array) -> Array:
+        """The inverse of ``warp``."""
+        t = np.asarray(t, dtype=np.float64)
+        return np.asarray(t / (self.shift - (self.shift - 1.0) * t))
 
 
 def _check_steps(steps: int) -> None:

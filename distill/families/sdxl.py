@@ -8,36 +8,33 @@ N(0, 1). Fine-tunes that predict v, with a schedule that does end in pure noise,
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.config import SdxlSource, UnetModel
-from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.export.folder import save_pipeline
-from distill.families.base import Condition, Prediction, coefficients, preview_matrix
+from distill.families.base import Condition, Prediction, coefficients
+from distill.families.parts import Parts, check_size, decoded, explicit_attention, scene_preview
+from distill.families.schedulers import PREDICTION_TYPES, discrete, read_config
 from distill.families.taps import tapped
 from distill.math import convert
 from distill.sampling import ScaledLinear
-from distill.tasks.common import freeze, to_float
-
-_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
-"""Our names and diffusers'."""
+from distill.tasks.common import freeze
 
 
-class Sdxl:
+class Sdxl(Parts):
     """The parts that all roles share: autoencoder, text encoders, tokenizers and the schedule."""
 
     name = "sdxl"
+    part_names = ("vae", "text_encoder", "text_encoder_2")
 
     def __init__(
         self,
@@ -46,18 +43,24 @@ class Sdxl:
         text_encoder_2: Any,
         tokenizer: Any,
         *,
+        tokenizer_2: Any = None,
         prediction: str = "epsilon",
         schedule: ScaledLinear | None = None,
         unet: UnetModel | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """vae: AutoencoderKL; text_encoder: CLIPTextModel; text_encoder_2: CLIPTextModelWithProjection."""
+        """vae: AutoencoderKL; text_encoder: CLIPTextModel; text_encoder_2: CLIPTextModelWithProjection.
+
+        tokenizer_2: the second encoder's, which in SDXL pads with another token; None: the first one's.
+        size: (width, height) in pixels; None: the autoencoder's own.
+        """
         self.vae: Any = freeze(vae)
         self.text_encoder: Any = freeze(text_encoder)
         self.text_encoder_2: Any = freeze(text_encoder_2)
-        self.tokenizer, self._unet = tokenizer, unet
+        self.tokenizer, self.tokenizer_2, self._unet = tokenizer, tokenizer_2 or tokenizer, unet
         self.prediction, self.schedule = prediction, schedule or ScaledLinear()
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.size = int(vae.config.sample_size)
+        self.size = size or (int(vae.config.sample_size),) * 2
 
     @classmethod
     def from_source(cls, source: SdxlSource) -> Sdxl:
@@ -75,10 +78,11 @@ class Sdxl:
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> tuple[Sdxl, Any]:
-        """From a diffusers folder: the family and the network in it."""
+    def from_folder(cls, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Sdxl, Any]:
+        """From a diffusers folder: the family and the network in it, all in float32."""
         root = Path(folder)
-        prediction, schedule = _read_scheduler(root / "scheduler" / "scheduler_config.json")
+        prediction, schedule = discrete(read_config(root / "scheduler" / "scheduler_config.json"), str(root))
+        second = root / "tokenizer_2"
         family = cls(
             AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32),
             CLIPTextModel.from_pretrained(root / "text_encoder", attn_implementation="eager", dtype=torch.float32),
@@ -86,12 +90,28 @@ class Sdxl:
                 root / "text_encoder_2", attn_implementation="eager", dtype=torch.float32
             ),
             CLIPTokenizer.from_pretrained(root / "tokenizer"),
+            tokenizer_2=CLIPTokenizer.from_pretrained(second) if second.is_dir() else None,
             prediction=prediction,
             schedule=schedule,
+            size=size,
         )
         network: Any = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32)
-        network.set_attn_processor(AttnProcessor())
-        return family, network
+        return family, explicit_attention(network)
+
+    @classmethod
+    def from_config(cls, configs: Mapping[str, Any], *, size: tuple[int, int] | None = None) -> tuple[Sdxl, Any]:
+        """From the configs of a diffusers folder by component, with fresh weights (none on the meta device)."""
+        prediction, schedule = discrete(configs["scheduler"], "the scheduler's config")
+        family = cls(
+            AutoencoderKL.from_config(configs["vae"]),
+            CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(configs["text_encoder_2"])),
+            None,
+            prediction=prediction,
+            schedule=schedule,
+            size=size,
+        )
+        return family, UNet2DConditionModel.from_config(configs["unet"])
 
     def new_network(self) -> Any:
         if self._unet is None:
@@ -100,7 +120,7 @@ class Sdxl:
         pooled = self.text_encoder_2.config.projection_dim
         time_dim = 16
         network: Any = UNet2DConditionModel(
-            sample_size=self.size // self.stride,
+            sample_size=self.size[0] // self.stride,
             in_channels=self.vae.config.latent_channels,
             out_channels=self.vae.config.latent_channels,
             block_out_channels=m.block_out_channels,
@@ -116,25 +136,26 @@ class Sdxl:
             norm_num_groups=m.norm_num_groups,
             use_linear_projection=True,
         )
-        # Explicit attention: on CPUs the backward pass of fused attention takes a third of a training step.
-        network.set_attn_processor(AttnProcessor())
-        return network
+        return explicit_attention(network)
 
     def predict(
         self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
     ) -> Prediction:
         """Taps: ``mid`` is the output of the middle block, (B, C, h', w')."""
-        added = {"text_embeds": condition["pooled"], "time_ids": self._time_ids(x_t)}
         with tapped({"mid": network.mid_block} if taps else {}, taps) as features:
-            output = network(
-                x_t,
-                t,
-                encoder_hidden_states=condition["prompt_embeds"],
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
+            output = network(**self.inputs(x_t, t, condition), return_dict=False)[0]
         alpha, sigma = coefficients(self.schedule, t)
         return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features=features)
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What the network's forward takes, by name."""
+        added = {"text_embeds": condition["pooled"], "time_ids": self._time_ids(x_t)}
+        return {
+            "sample": x_t,
+            "timestep": t,
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "added_cond_kwargs": added,
+        }
 
     def _time_ids(self, x_t: Tensor) -> Tensor:
         height, width = x_t.shape[-2] * self.stride, x_t.shape[-1] * self.stride
@@ -144,22 +165,29 @@ class Sdxl:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Penultimate hidden states of both encoders side by side, and the second's pooled projection."""
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        first = self.text_encoder(input_ids=ids, output_hidden_states=True)
-        second = self.text_encoder_2(input_ids=ids, output_hidden_states=True)
+        first = self.text_encoder(input_ids=self._ids(self.tokenizer, prompts), output_hidden_states=True)
+        second = self.text_encoder_2(input_ids=self._ids(self.tokenizer_2, prompts), output_hidden_states=True)
         embeds = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1)
         return {"prompt_embeds": embeds, "pooled": second.text_embeds}
 
+    def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+        ids: Tensor = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return ids.to(self.device)
+
     def unconditional(self, n: int) -> Condition:
-        length = self.tokenizer.model_max_length
-        width = self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
+        """Zeros, as SDXL was trained; not the embedding of "", which is another input."""
+        first, second = self.text_encoder.config, self.text_encoder_2.config
+        length, width = first.max_position_embeddings, first.hidden_size + second.hidden_size
         return {
-            "prompt_embeds": torch.zeros(n, length, width),
-            "pooled": torch.zeros(n, self.text_encoder_2.config.projection_dim),
+            "prompt_embeds": torch.zeros(n, length, width, device=self.device),
+            "pooled": torch.zeros(n, second.projection_dim, device=self.device),
         }
 
+    blank = unconditional
+
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
-        width, height = size or (self.size, self.size)
+        width, height = size or self.size
+        check_size((width, height), self.stride, "this autoencoder")
         return (self.vae.config.latent_channels, height // self.stride, width // self.stride)
 
     @torch.no_grad()
@@ -168,7 +196,7 @@ class Sdxl:
         return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor  # type: ignore[no-any-return]
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]  # type: ignore[no-any-return]
+        return decoded(self.vae, latents / self.vae.config.scaling_factor)
 
     def wrap_plan(self) -> tuple[type[nn.Module], ...]:
         return (BasicTransformerBlock, ResnetBlock2D)
@@ -182,7 +210,7 @@ class Sdxl:
             text_encoder=copy.deepcopy(self.text_encoder),
             text_encoder_2=copy.deepcopy(self.text_encoder_2),
             tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer,
+            tokenizer_2=self.tokenizer_2,
             unet=copy.deepcopy(network),
             scheduler=LCMScheduler(
                 beta_start=self.schedule.beta_start,
@@ -190,7 +218,7 @@ class Sdxl:
                 beta_schedule="scaled_linear",
                 num_train_timesteps=self.schedule.num_timesteps,
                 original_inference_steps=self.schedule.num_timesteps,
-                prediction_type=_PREDICTION_TYPES[self.prediction],
+                prediction_type=PREDICTION_TYPES[self.prediction],
                 rescale_betas_zero_snr=self.schedule.zero_terminal,
             ),
             force_zeros_for_empty_prompt=True,
@@ -199,32 +227,13 @@ class Sdxl:
         save_pipeline(pipeline, folder)
 
     def describe(self) -> dict[str, Any]:
-        images = to_float(scene_images(HELD_OUT_SEED, 256, self.size)[:128])
         return {
             "family": self.name,
             "task": "text-to-image",
             "prediction": self.prediction,
             "latent_channels": int(self.vae.config.latent_channels),
             "latent_stride": self.stride,
-            "sizes": ((self.size, self.size),),
+            "sizes": (self.size,),
             "max_tokens": int(self.tokenizer.model_max_length),
-            "preview": preview_matrix(self.encode_images(images), images),
+            "preview": scene_preview(self),
         }
-
-
-def _read_scheduler(path: Path) -> tuple[str, ScaledLinear]:
-    """The prediction and the schedule that a diffusers scheduler_config.json names. Raises ValueError for others."""
-    config = json.loads(path.read_text())
-    kind, names = config.get("prediction_type", "epsilon"), {theirs: ours for ours, theirs in _PREDICTION_TYPES.items()}
-    if kind not in names or config.get("beta_schedule") != "scaled_linear":
-        raise ValueError(
-            f"{path} says prediction_type {kind!r} and beta_schedule {config.get('beta_schedule')!r}; the sdxl family "
-            f"takes {' or '.join(names)} on scaled_linear"
-        )
-    schedule = ScaledLinear(
-        float(config["beta_start"]),
-        float(config["beta_end"]),
-        int(config["num_train_timesteps"]),
-        bool(config.get("rescale_betas_zero_snr", False)),
-    )
-    return names[kind], schedule

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.math import add_noise, target_for
 from distill.provenance import provenance
-from distill.sampling import Schedule, noise, ode_table
+from distill.sampling import Flow, Schedule, noise, ode_table
 from distill.tasks.common import autocast, to_uint8
 from distill.tasks.samples import PREVIEW_PROMPTS, samples_for
 from distill.trainer import Phase, Telemetry, generator
@@ -27,11 +28,18 @@ TEACHER_STEPS = (1, 2, 4, 8)
 
 
 def draw_times(schedule: Schedule, n: int, rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """n uniform times in [low, high]·t_max: whole timesteps for discrete schedules, (B,) float64."""
+    """n times in [low, high]·t_max, (B,) float64: whole and uniform for discrete schedules, shifted as flows are.
+
+    A flow trained with a time shift spends its capacity there, so its teacher, fake score and sampler share it
+    (Self-Forcing warps uniform times and clamps them to the bounds; here they are drawn between the bounds).
+    """
     u = torch.rand(n, generator=rng, dtype=torch.float64)
     if schedule.t_max > 1:
         first, last = round(low * (schedule.t_max + 1)), min(round(high * (schedule.t_max + 1)), int(schedule.t_max))
         return (first + (u * (last - first + 1)).floor()).clamp_max(last)
+    if isinstance(schedule, Flow) and schedule.shift != 1.0:
+        begin, end = (float(schedule.unwarp(np.asarray(bound))) for bound in (low, high))
+        return torch.from_numpy(schedule.warp((begin + u * (end - begin)).numpy()))
     return low + u * (high - low)
 
 

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.bundle import Bundle, Manifest, Sampler, write_manifest
+from distill.bundle import Manifest, Sampler, write_manifest
 from distill.config import DistillRecipe
 from distill.families.base import Condition, coefficients
-from distill.families.sdxl import Sdxl
-from distill.families.sit import Sit
+from distill.families.load import load_teacher
 from distill.math import add_noise, group_advantage, squash
 from distill.objectives.build import hooks_of
 from distill.objectives.dmd import fake_loss, student_loss
@@ -37,6 +36,7 @@ from distill.tasks.common import autocast, freeze, to_uint8
 from distill.tasks.diffusion import draw_times, sample
 from distill.tasks.probing import finished, new_probe
 from distill.tasks.samples import samples_for
+from distill.tasks.video import judge_for, stills
 from distill.telemetry.counters import Passes
 from distill.telemetry.probe import LOW, Probe
 from distill.trainer import Phase, Telemetry, generator, seeded
@@ -47,10 +47,8 @@ class DistillationTask:
 
     def __init__(self, recipe: DistillRecipe) -> None:
         self.recipe = recipe
-        self.bundle = Bundle.open(recipe.teacher)
-        loader: Any = {"sdxl": Sdxl, "sit": Sit}[self.bundle.manifest.family]
-        self.family: Any
-        self.family, teacher = loader.from_folder(recipe.teacher)
+        self.loaded = load_teacher(recipe)
+        self.family, teacher = self.loaded.family, self.loaded.network
         self.teacher = freeze(teacher)
         self.student, self.fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
         self.roles: dict[str, nn.Module] = {"student": self.student, "fake": self.fake}
@@ -58,8 +56,8 @@ class DistillationTask:
             module.train().requires_grad_(True)
         self.optimizers = {"student": recipe.student, "fake": recipe.fake}
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
-        self.reward = load_reward(recipe.advantage.reward) if recipe.advantage else None
-        self.heldout = [load_reward(folder) for folder in recipe.heldout_rewards]
+        self.reward = judge_for(self.family, load_reward(recipe.advantage.reward)) if recipe.advantage else None
+        self.heldout = [judge_for(self.family, load_reward(folder)) for folder in recipe.heldout_rewards]
         roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
         self.hooks = hooks_of(recipe, roles, self.reward, tuple(judge.name for judge in self.heldout))
         self.adversary = next((hook for hook in self.hooks if isinstance(hook, Adversary)), None)
@@ -308,7 +306,7 @@ class DistillationTask:
             table = self._table(steps)
             with autocast(self.recipe.precision):
                 latents = sample(self.family, self.student, table, encoded, list(range(len(conditions))))
-                pictures.append(to_uint8(self.family.decode(latents.float())))
+                pictures.append(stills(to_uint8(self.family.decode(latents.float()))))
         return torch.cat(pictures)
 
     def _table(self, steps: int) -> Any:
@@ -319,16 +317,12 @@ class DistillationTask:
 
     def finish(self, output: Path) -> None:
         self.family.save(self.student, output)
-        teacher = self.bundle.manifest
         manifest = Manifest(
             name=output.name,
             samplers={n: Sampler.of(self._table(n)) for n in sorted(self.recipe.steps)},
             default_steps=max(self.recipe.steps),
-            examples=teacher.examples,
-            provenance={
-                **provenance(self.recipe),
-                "teacher": {"digest": self.bundle.digest, **teacher.provenance},
-            },
+            examples=self.loaded.examples,
+            provenance={**provenance(self.recipe), "teacher": self.loaded.source},
             **self.family.describe(),
         )
         write_manifest(output, manifest)

@@ -115,6 +115,24 @@ class DigitSamples:
         return [i % 10 for i in range(40)]
 
 
+class LabelSamples:
+    """A family's classes, each as likely as the others; there are no pictures."""
+
+    def __init__(self, seed: int, classes: int) -> None:
+        self.seed, self.classes = seed, classes
+
+    def conditions(self, iteration: int, micro: int, size: int) -> list[int]:
+        return [int(label) for label in batch_indices(self.seed, iteration, micro, size, self.classes)]
+
+    def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[int]]:
+        raise ValueError("data: labels has no pictures, which gan and the like need; name a source of pictures")
+
+    def preview_conditions(self) -> list[int]:
+        return [i * self.classes // 8 for i in range(8)]
+
+
 def samples_for(data: SceneData | str, seed: int, family: Any) -> Samples:
     """The samples that a recipe names."""
+    if data == "labels":
+        return LabelSamples(seed, family.classes)
     return DigitSamples(seed) if data == "digits" else SceneSamples(data, seed, family)  # type: ignore[arg-type]

@@ -180,7 +180,7 @@ def test_latents_are_scaled_on_the_way_in_and_back_on_the_way_out(sdxl: tuple[Sd
 def test_latent_shapes_follow_the_size(sdxl: tuple[Sdxl, Any]) -> None:
     assert sdxl[0].latent_shape((96, 64)) == (4, 16, 24)
     assert Sit().latent_shape() == Sit().latent_shape((8, 8)) == (1, 8, 8)
-    with pytest.raises(ValueError, match="digits are 8 × 8"):
+    with pytest.raises(ValueError, match="this network takes 8 × 8 alone"):
         Sit().latent_shape((16, 16))
 
 

@@ -92,7 +92,7 @@ def test_faults_stop_before_any_work(
 def test_a_folder_that_is_no_bundle_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main([AMD, f"teacher={tmp_path}/empty", f"advantage.reward={tmp_path}/empty", f"output={tmp_path}/o"]) == 1
-    assert "has no bundle.json" in capsys.readouterr().err
+    assert "has neither bundle.json nor model_index.json" in capsys.readouterr().err
 
 
 def test_a_run_writes_its_result_recipe_and_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,125 @@
+"""From a recipe's teacher to its family and network: a bundle, a diffusers folder, or a hub id.
+
+    teacher = load_teacher(recipe)      # teacher.family, teacher.network
+
+A hub id is downloaded once into the hub's own cache; what is not there cannot be had without a network, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distill.bundle import MANIFEST, Bundle, sha256
+from distill.config import DistillRecipe, RecipeError
+from distill.families.sd15 import Sd15
+from distill.families.sdxl import Sdxl
+from distill.families.sit import Sit
+from distill.families.wan import Wan
+
+FAMILIES: dict[str, Any] = {"sdxl": Sdxl, "sd15": Sd15, "sit": Sit, "wan": Wan}
+PIPELINES = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionPipeline": "sd15",
+    "DiTPipeline": "sit",
+    "WanPipeline": "wan",
+}
+"""Families by the class that a diffusers folder's model_index.json names."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
+_UNWANTED = ("*.fp16*", "*.bf16*", "*non_ema*", "*flax*", "safety_checker/*", "feature_extractor/*", "*_lora*")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher. examples: prompts that its bundle offers; source: what it was loaded from, for provenance."""
+
+    family: Any
+    network: Any
+    examples: tuple[str, ...] = ()
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def load_teacher(recipe: DistillRecipe) -> Teacher:
+    """The family, with the recipe's size, frames, shift and grid, and the network of its teacher, all on the CPU."""
+    folder = local_folder(recipe.teacher)
+    bundle = Bundle.open(folder) if (folder / MANIFEST).is_file() else None
+    name = recipe.family or (bundle.manifest.family if bundle else family_of(folder))
+    family, network = FAMILIES[name].from_folder(folder, **options_for(recipe, name))
+    family.schedule = with_grid(family.schedule, recipe)
+    if bundle:
+        source = {"digest": bundle.digest, **bundle.manifest.provenance}
+        return Teacher(family, network, bundle.manifest.examples, source)
+    return Teacher(family, network, (), {"source": recipe.teacher, "revision": _revision(folder), **_digests(folder)})
+
+
+def options_for(recipe: DistillRecipe, family: str) -> dict[str, Any]:
+    """What a recipe says of the teacher's shape and time. Raises RecipeError for what its family does not have."""
+    takes = {"sdxl": ("size",), "sd15": ("size",), "sit": (), "wan": ("size", "frames", "shift")}[family]
+    given = {key: getattr(recipe, key) for key in ("size", "frames", "shift") if getattr(recipe, key) is not None}
+    for key, value in given.items():
+        if key not in takes:
+            raise RecipeError(f"{key} is {value}, which the {family} family does not take; drop it")
+    return given
+
+
+def with_grid(schedule: Any, recipe: DistillRecipe) -> Any:
+    """The schedule with the recipe's own timesteps. Raises RecipeError for times that it does not have."""
+    if recipe.timesteps is None:
+        return schedule
+    if max(recipe.timesteps) > schedule.t_max:
+        raise RecipeError(f"timesteps has {max(recipe.timesteps):g}; the teacher's time ends at {schedule.t_max:g}")
+    return replace(schedule, grids={len(recipe.timesteps): recipe.timesteps})
+
+
+def family_of(folder: Path) -> str:
+    """The family of a diffusers folder. Raises RecipeError for one that we do not have."""
+    index = folder / "model_index.json"
+    kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
+    if kind not in PIPELINES:
+        seen = f"is a {kind}" if kind else "has neither bundle.json nor model_index.json"
+        raise RecipeError(f"teacher: {folder} {seen}; give the folder of {' or '.join(PIPELINES)}, or a bundle")
+    return PIPELINES[kind]
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no folder can be meant for the hub: owner/name whose owner is no folder of ours."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source.partition("/")[0]).is_dir()
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a source, downloaded where it is a hub id. Raises RecipeError where it cannot be had."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not is_hub_id(source):
+        raise RecipeError(f"teacher: there is no folder {source!r}; train or convert it first, or give a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+    except LocalEntryNotFoundError:
+        raise RecipeError(
+            f"teacher: {source!r} is not in the hub's local cache and the hub cannot be reached; run `hf download "
+            f"{source}` where there is a network and unset HF_HUB_OFFLINE, or give a local diffusers folder"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"teacher: the hub has no {source!r} for you ({first}); check the id and `hf auth login`"
+        ) from None
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _digests(folder: Path) -> dict[str, Any]:
+    """sha256 of the small files that say what a teacher is; its weights are named with their sizes."""
+    configs = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*.json"))}
+    weights = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*.safetensors"))}
+    return {"configs": configs, "weights": weights}
