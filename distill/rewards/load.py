@@ -1,0 +1,44 @@
+"""Rewards by name: ``KIND``, ``KIND:SOURCE`` or the folder of one of ours.
+
+load_reward("hpsv2.1")                              # the published weights, from the hub
+load_reward("pickscore:/models/pickscore")          # the same from a local folder
+load_reward("models/scenes-reward")                 # ours
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distill.reward_names import parse_reward
+from distill.rewards.clip import ClipReward, load_clip_score, load_pickscore
+from distill.rewards.digits import DigitClassifier
+from distill.rewards.dinov2 import load_dinov2
+from distill.rewards.hpsv2 import load_hpsv2
+from distill.rewards.imagereward import load_imagereward
+
+_LOADERS: dict[str, Callable[..., Any]] = {
+    "hpsv2": partial(load_hpsv2, "hpsv2"),
+    "hpsv2.1": partial(load_hpsv2, "hpsv2.1"),
+    "pickscore": load_pickscore,
+    "imagereward": load_imagereward,
+    "clip": load_clip_score,
+    "dinov2": load_dinov2,
+}
+
+
+def load_reward(name: str | Path) -> Any:
+    """The reward that a recipe names. Raises ValueError for a name or folder that holds none."""
+    kind, source = parse_reward(str(name))
+    if kind is not None:
+        return _LOADERS[kind](source) if source else _LOADERS[kind]()
+    path = Path(name) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("kind") == "digit-classifier":
+        return DigitClassifier.load(name)
+    if config.get("model_type") == "clip":
+        return ClipReward.load(name)
+    raise ValueError(f"{name} holds no reward; give a folder with a CLIPModel or a digit classifier, or a known name")
