@@ -63,6 +63,11 @@ class Base(Strict):
     save_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
     output: str = Field(description="folder of the result; runs/<name> holds logs and checkpoints")
+    initialise_from: str | None = Field(
+        None,
+        description="folder of another run, such as an earlier stage, whose weights this one starts from; optimizers, "
+        "averages and iterations start anew (--resume goes on with this run's own)",
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> Base:
@@ -194,6 +199,17 @@ class DiffusionRecipe(Base):
         return self
 
 
+class Adapters(Strict):
+    """LoRA: these roles are adapters of one frozen base, the teacher; the others have weights of their own."""
+
+    roles: tuple[Literal["student", "fake"], ...] = Field(("student", "fake"), min_length=1)
+    rank: int = Field(64, ge=1)
+    alpha: int = Field(64, ge=1, description="an adapter acts with alpha / rank; DMD2's SDXL has 8 for rank 64")
+    base: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the base's matrices; under precision bfloat16 both compute the same"
+    )
+
+
 class DistillRecipe(Base):
     """Few-step distillation. Without any of the optional sections it is DMD2 (without its GAN)."""
 
@@ -232,6 +248,10 @@ class DistillRecipe(Base):
     )
     sampler: Literal["stochastic", "deterministic"] = Field(
         "stochastic", description="between steps, fresh noise (DMD2) or the student's own estimate of it (TDM)"
+    )
+    adapters: Adapters | None = Field(None, description="None: teacher, student and fake score are three networks")
+    activation_checkpointing: bool = Field(
+        False, description="compute trained blocks twice instead of keeping what is inside: less memory, more time"
     )
     student: Optimizer
     fake: Optimizer
@@ -304,6 +324,7 @@ class DistillRecipe(Base):
             raise ValueError(f"timesteps has {len(self.timesteps)} entries for steps {list(self.steps)}; name one grid")
         if self.timesteps is not None and list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
             raise ValueError(f"timesteps is {self.timesteps}; give different times, the latest first")
+        self._sharable()
         if self.step_weights is not None and len(self.step_weights) != len(self.steps):
             raise ValueError(f"step_weights has {len(self.step_weights)} entries for {len(self.steps)} steps")
         if self.time_range[0] >= self.time_range[1]:
@@ -311,6 +332,20 @@ class DistillRecipe(Base):
         if self.advantage and self.advantage.reward in self.heldout_rewards:
             raise ValueError(f"{self.advantage.reward} is both the training reward and held out; use another")
         return self
+
+    def _sharable(self) -> None:
+        """What networks in shards or adapters of one base cannot do."""
+        if self.adapters:
+            if self.adapters.base == "bfloat16" and self.precision != "bfloat16":
+                raise ValueError("adapters.base bfloat16 computes in bfloat16; use precision: bfloat16")
+            for key in ("shared_teacher", "implicit_alignment", "step_aware_fake"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} needs a fake score with a network of its own; drop it or adapters")
+        if self.parallel.strategy != "ddp":
+            if self.regression:
+                raise ValueError("regression makes its pairs when a rank first draws them; use parallel.strategy: ddp")
+            if self.gan and self.gan.r1 and self.gan.r1_form == "exact":
+                raise ValueError("gan.r1_form exact needs a second backward pass, which shards have not; use finite")
 
 
 Recipe = Annotated[
