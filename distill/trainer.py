@@ -31,7 +31,7 @@ from tqdm import tqdm
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
 from distill.parallel.mean import Average
-from distill.parallel.shard import materialise, mesh_of, shard, sharded
+from distill.parallel.shard import kept_ties, materialise, mesh_of, shard
 from distill.parallel.world import world
 from distill.telemetry.sink import Sink, Total, Value
 
@@ -128,7 +128,7 @@ class Trainer:
 
     def _place(self) -> None:
         """Shard the task's networks, or hold them whole; all ranks start from rank 0's values."""
-        self.sharded = False
+        self.sharded, mesh = False, None
         if self.world.size == 1:
             return
         networks = self.task.networks() if isinstance(self.task, Shardable) else []
@@ -136,21 +136,23 @@ class Trainer:
             if not isinstance(self.task, Shardable):
                 raise ValueError(f"task {self.recipe.task} holds its networks whole; use parallel.strategy=ddp")
             mesh, self.sharded = mesh_of(self.recipe.parallel, self.world.size), True
-            for network in networks:
-                shard(network, self.task.blocks(), mesh, self.recipe.precision)
-        inside = {id(m) for network in networks if sharded(network) for m in network.modules()}
-        for module in [*networks, *self.task.roles.values()]:
-            if not sharded(module):
-                materialise(module)
-            else:
-                for part in [m for m in module.children() if id(m) not in inside]:
-                    materialise(part)
+        for network in networks:
+            with kept_ties(network, self.task.roles.values()):
+                if mesh is None:
+                    materialise(network)
+                else:
+                    assert isinstance(self.task, Shardable)
+                    shard(network, self.task.blocks(), mesh, self.recipe.precision)
+        for module in self.task.roles.values():
+            materialise(module)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         recipe: Base = self.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.iteration == 0 and recipe.initialise_from:
+            self._initialise(Path(recipe.initialise_from))
         sink = Sink(self.folder, self.iteration) if self.world.leader else _Kept()
         bar = tqdm(total=recipe.iterations, initial=self.iteration, desc=recipe.name, unit="it", disable=self.quiet)
         with self._signals(), contextlib.closing(sink), contextlib.closing(bar):
@@ -333,6 +335,22 @@ class Trainer:
             ) from None
         self.iteration = int(facts["iteration"])
         return self.iteration
+
+    def _initialise(self, source: Path) -> None:
+        """Start from the weights of another run's newest checkpoint; roles that it lacks start as they were made."""
+        try:
+            newest, _ = checkpoint.newest(source, self.world)
+            stored = checkpoint.shapes(newest)
+            for role, module in self.task.roles.items():
+                if any(name.startswith(f"{role}/model/") for name in stored):
+                    weights: dict[str, Tensor] = {}
+                    _put(weights, f"{role}/model", module.state_dict())
+                    checkpoint.read(newest, weights, self.world)
+                else:
+                    log.info("initialise_from: %s has no %s, which starts as it was made", newest, role)
+        except (checkpoint.CheckpointError, ValueError) as error:
+            raise TrainingError(f"{self.recipe.name}: initialise_from {source}: {error}") from None
+        self.ema = {role: Average(self.task.roles[role]) for role in self.ema}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that goes on after a resume, by role, kind and name; shards as DTensors."""

@@ -8,18 +8,23 @@ gathered block by block and let go after each pass, also at its root, so that ou
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.parallel.options import Parallel
+
+REACHED_INTO = (CombinedTimestepLabelEmbeddings,)
+"""Modules that diffusers' networks also call from outside of the block that holds them: each is gathered on its own."""
 
 _SKELETONS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 """Sharded networks, and what they were before, without values."""
@@ -51,20 +56,28 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # t = 999 is 1000 in bfloat16; autocast casts what may be cast
     )
-    for module in [m for m in network.modules() if isinstance(m, blocks)]:
+    for module in reversed([m for m in network.modules() if isinstance(m, (*blocks, *REACHED_INTO))]):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     _fill(network, whole, mesh)
 
 
 def materialise(module: nn.Module) -> None:
-    """Give all ranks rank 0's values of a whole module, which may be on the meta device on other ranks."""
-    _fill(module, {name: t.detach() for name, t in _tensors(module).items()}, None)
+    """Give all ranks rank 0's values of what is whole in a module, which may be on the meta device on other ranks."""
+    _fill(module, {name: t.detach() for name, t in _tensors(module).items() if not isinstance(t, DTensor)}, None)
 
 
-def sharded(module: nn.Module) -> bool:
-    """Whether any part of a module is in shards."""
-    return any(isinstance(m, FSDPModule) for m in module.modules())
+@contextmanager
+def kept_ties(network: nn.Module, others: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a network's parameters may be replaced; other modules that share some get the new ones as well."""
+    before = dict(network.named_parameters(remove_duplicate=False))
+    yield
+    after = dict(network.named_parameters(remove_duplicate=False))
+    replaced = {id(old): after[name] for name, old in before.items()}
+    for module in (m for other in others for m in other.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = replaced.get(id(parameter), parameter)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -109,7 +122,7 @@ def _fill(module: nn.Module, values: Mapping[str, Tensor], mesh: DeviceMesh | No
         module.to_empty(device=device)
     filled = set[int]()
     for name, tensor in _tensors(module).items():
-        if id(tensor) in filled:
+        if id(tensor) in filled or name not in values:
             continue
         filled.add(id(tensor))
         value = values[name]

@@ -9,7 +9,6 @@ a graph (backward simulation, DMD2 §4.5), and the sample x of step k serves the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
@@ -29,11 +28,17 @@ from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Part, Roles, Rollout, claimed_times, fraction_of, trust
 from distill.objectives.safeguards import group_diversity
+from distill.objectives.weak_to_strong import SharedTeacher
+from distill.parallel.hollow import hollow
+from distill.parallel.shard import full, whole
+from distill.parallel.world import world
 from distill.provenance import provenance
 from distill.rewards import load_reward
+from distill.roles import Networks, View, adapted, checkpoint_activations, merge, separate
 from distill.sampling import ode_table, student_table
-from distill.tasks.common import autocast, freeze, to_uint8
+from distill.tasks.common import autocast, to_uint8
 from distill.tasks.diffusion import draw_times, sample
+from distill.tasks.gathering import everyones
 from distill.tasks.probing import finished, new_probe
 from distill.tasks.samples import samples_for
 from distill.tasks.video import judge_for, stills
@@ -47,13 +52,13 @@ class DistillationTask:
 
     def __init__(self, recipe: DistillRecipe) -> None:
         self.recipe = recipe
-        self.loaded = load_teacher(recipe)
-        self.family, teacher = self.loaded.family, self.loaded.network
-        self.teacher = freeze(teacher)
-        self.student, self.fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
+        self.world = world()
+        with hollow(not self.world.leader and recipe.gan is None):  # the head of a GAN is made to measure on a pass
+            self.loaded = load_teacher(recipe)
+        self.family = self.loaded.family
+        self.held = self._roles(self.loaded.network)
+        self.teacher, self.student, self.fake = self.held.teacher, self.held.student, self.held.fake
         self.roles: dict[str, nn.Module] = {"student": self.student, "fake": self.fake}
-        for module in self.roles.values():
-            module.train().requires_grad_(True)
         self.optimizers = {"student": recipe.student, "fake": recipe.fake}
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
         self.reward = judge_for(self.family, load_reward(recipe.advantage.reward)) if recipe.advantage else None
@@ -71,6 +76,25 @@ class DistillationTask:
         self.passes = Passes({"teacher": self.teacher, **self.roles, "fake": self.fake})
         self.probe_every = recipe.telemetry.every
         self._probe: Probe | None = None
+
+    def _roles(self, network: Any) -> Networks:
+        """Three networks, or a base with adapters; trained ones compute their blocks again if the recipe says so."""
+        r = self.recipe
+        adapters = r.adapters
+        held = adapted(network, adapters, self.family.lora_targets(), r.seed) if adapters else separate(network)
+        if r.activation_checkpointing:
+            for one in held.held:
+                if any(p.requires_grad for p in one.parameters()):
+                    checkpoint_activations(one)
+        return held
+
+    def networks(self) -> list[nn.Module]:
+        """What is sharded: the networks that hold the roles, and those that hooks keep."""
+        return [*self.held.held, *(hook.network for hook in self.hooks if isinstance(hook, SharedTeacher))]
+
+    def blocks(self) -> tuple[type[nn.Module], ...]:
+        plan: tuple[type[nn.Module], ...] = self.family.wrap_plan()
+        return plan
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 
@@ -99,7 +123,7 @@ class DistillationTask:
     def _after_iteration(self, after: Callable[[], None] | None) -> None:
         if after is not None:
             after()
-        rollouts = [self._rollouts[key] for key in sorted(self._rollouts)]
+        rollouts = everyones(self._rollouts, self.hooks, self.world)
         for hook in self.hooks:
             hook.after_iteration(rollouts)
 
@@ -316,7 +340,10 @@ class DistillationTask:
         return student_table(schedule, prediction, schedule.grid(steps))
 
     def finish(self, output: Path) -> None:
-        self.family.save(self.student, output)
+        student = self._plain_student()
+        if not self.world.leader:
+            return
+        self.family.save(student, output)
         manifest = Manifest(
             name=output.name,
             samplers={n: Sampler.of(self._table(n)) for n in sorted(self.recipe.steps)},
@@ -326,3 +353,13 @@ class DistillationTask:
             **self.family.describe(),
         )
         write_manifest(output, manifest)
+
+    def _plain_student(self) -> nn.Module:
+        """The student as one network on the leader's CPU, its adapter merged into the teacher's own weights."""
+        if not isinstance(self.student, View):
+            return whole(self.student)
+        assert self.recipe.adapters is not None
+        adapter = {name: full(tensor).cpu() for name, tensor in self.student.state_dict().items()}
+        if not self.world.leader:
+            return self.student
+        return merge(load_teacher(self.recipe).network, adapter, self.recipe.adapters.alpha / self.recipe.adapters.rank)

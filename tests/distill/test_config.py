@@ -68,7 +68,7 @@ def test_students_and_their_controls_differ_in_the_method_alone() -> None:
         (distil(student={"learning_rate": 1, "clp": 1}), "student.clp is unknown; did you mean clip?"),
         (distil(data={"cout": 3}), "data.cout is unknown; did you mean count?"),
         (distil(advantage={"reward": "r", "grup": 4}), "advantage.grup is unknown; did you mean group?"),
-        (distil(zzz=1), "zzz is unknown; known keys: accumulate, adaptation, advantage, "),
+        (distil(zzz=1), "zzz is unknown; known keys: accumulate, activation_checkpointing, "),
         # These names are tasks as well, which once lost them from the message or broke it.
         (distil(vae="models/x"), "vae is unknown; "),
         (distil(clip=1.0), "clip is unknown; "),

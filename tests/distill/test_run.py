@@ -123,11 +123,19 @@ def test_resume_without_a_checkpoint_starts(tmp_path: Path, capsys: pytest.Captu
     assert main([REWARD, "--quiet", f"output={tmp_path}/out", *SHORT]) == 0
 
 
-def test_an_altered_checkpoint_stops_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([REWARD, "--quiet", f"output={tmp_path}/out", *SHORT])
-    state = tmp_path / "runs/digits-reward/checkpoints/step-0000002/state.safetensors"
-    state.write_bytes(state.read_bytes()[:-1])
-    assert main([REWARD, "--quiet", "--resume", f"output={tmp_path}/out", *SHORT]) == 1
+def test_altered_checkpoints_are_passed_over_and_stop_the_command_if_none_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = [REWARD, "--quiet", "--resume", f"output={tmp_path}/out", *SHORT, "save_every=1"]
+    main(arguments)
+    states = [tmp_path / f"runs/digits-reward/checkpoints/step-000000{n}/state.safetensors" for n in (2, 1)]
+    states[0].write_bytes(states[0].read_bytes()[:-1])
+    assert main(arguments) == 0
+    assert "resuming digits-reward at iteration 1" in capsys.readouterr().out
+    assert f"{states[0]} was altered or truncated; going on with the one before it" in caplog.text
+    for state in states:
+        state.write_bytes(state.read_bytes()[:-1])
+    assert main(arguments) == 1
     assert "state.safetensors was altered or truncated; delete" in capsys.readouterr().err
 
 

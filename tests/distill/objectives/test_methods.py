@@ -49,7 +49,8 @@ def test_every_section_of_a_recipe_has_its_hook_and_its_words() -> None:
         "task", "name", "seed", "iterations", "batch_size", "accumulate", "precision", "ema", "log_every", "output",
         "preview_every", "save_every", "keep_checkpoints", "teacher", "data", "steps", "step_weights", "guidance",
         "fake_per_student", "ttur", "reuse_rollout", "fake_warmup", "time_range", "sampler", "student", "fake",
-        "discriminator", "advantage", "safeguards", "heldout_rewards", "telemetry", "parallel",
+        "discriminator", "advantage", "safeguards", "heldout_rewards", "telemetry", "parallel", "adapters",
+        "activation_checkpointing", "initialise_from", "family", "size", "frames", "shift", "timesteps",
     }  # fmt: skip
     assert fields - plain == set(HOOKS)
     for hook in HOOKS.values():
