@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from distill.objectives import options
 from distill.parallel.options import Parallel
@@ -45,6 +45,40 @@ class SceneData(Strict):
     held_out_prompts: Fraction | None = Field(
         None, description="share of a distillation's prompts that name held-out combinations; pictures never show them"
     )
+
+
+class FileData(Strict):
+    """Prompts and pictures of one's own (distill.tasks.files). Prompts alone are enough where nothing needs pictures.
+
+    Without prompts, students are prompted with the captions or labels of the pictures.
+    """
+
+    prompts: str | None = Field(None, description=".txt, .jsonl or .parquet, or a pattern of them")
+    prompt_key: str = Field("prompt", description="what holds the prompt in JSON or Parquet")
+    pictures: str | None = Field(None, description="a folder, or a pattern of .tar (webdataset) or .parquet files")
+    caption_key: str = Field("caption", description="what holds the caption or label in JSON or Parquet")
+    cache_text: bool = Field(False, description="keep the text encoders' states of all prompts on disk")
+
+    @model_validator(mode="after")
+    def _something(self) -> FileData:
+        if self.prompts is None and self.pictures is None:
+            raise ValueError("names neither prompts nor pictures; add one, such as prompts: prompts.txt")
+        return self
+
+
+def _kind_of_data(value: Any) -> str:
+    if isinstance(value, str):
+        return "literal[name]"
+    own = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
+    return "FileData" if any(key in own for key in FileData.model_fields) else "SceneData"
+
+
+DistillData = Annotated[
+    Annotated[SceneData, Tag("SceneData")]
+    | Annotated[FileData, Tag("FileData")]
+    | Annotated[Literal["digits", "labels"], Tag("literal[name]")],
+    Discriminator(_kind_of_data),
+]
 
 
 class Base(Strict):
@@ -221,9 +255,7 @@ class DistillRecipe(Base):
     size: tuple[int, int] | None = Field(None, description="(width, height) in pixels; None: the teacher's own")
     frames: int | None = Field(None, ge=1, description="of a video; None: the teacher's own")
     shift: float | None = Field(None, gt=0, description="time shift of a flow; None: as the teacher's scheduler says")
-    data: SceneData | Literal["digits", "labels"] = Field(
-        SceneData(), description="labels: the teacher's classes, drawn alike, without pictures"
-    )
+    data: DistillData = Field(SceneData(), description="labels: the teacher's classes, drawn alike, without pictures")
     steps: tuple[Steps, ...] = Field(
         (4,), min_length=1, description="numbers of steps that the student learns; each grid is trailing"
     )
@@ -307,6 +339,8 @@ class DistillRecipe(Base):
             raise ValueError("discriminator is an optimizer without a role; add gan or foundation_gan, or drop it")
         if self.gan and self.foundation_gan:
             raise ValueError("gan and foundation_gan would share one discriminator; drop one")
+        if (self.gan or self.foundation_gan) and isinstance(self.data, FileData) and self.data.pictures is None:
+            raise ValueError("gan and foundation_gan compare with real pictures; add data.pictures")
         if self.divergence and not self.gan:
             raise ValueError("divergence reads the discriminator's density ratio; add gan")
         if self.sub_interval and self.dynamic_renoising:

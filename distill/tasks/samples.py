@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import SceneData
+from distill.config import FileData, SceneData
 from distill.data.cache import cached_array, scene_images
 from distill.data.captions import describe
 from distill.data.world import sample_scene
 from distill.tasks.common import autocast, batch_indices, to_float
+from distill.tasks.files import FileSamples
 from distill.trainer import seeded
 
 PREVIEW_PROMPTS = (
@@ -131,8 +132,10 @@ class LabelSamples:
         return [i * self.classes // 8 for i in range(8)]
 
 
-def samples_for(data: SceneData | str, seed: int, family: Any) -> Samples:
+def samples_for(data: SceneData | FileData | str, seed: int, family: Any) -> Samples:
     """The samples that a recipe names."""
+    if isinstance(data, FileData):
+        return FileSamples(data, seed, family)
     if data == "labels":
         return LabelSamples(seed, family.classes)
     return DigitSamples(seed) if data == "digits" else SceneSamples(data, seed, family)  # type: ignore[arg-type]
