@@ -2,7 +2,8 @@
 
 python -m distill.run recipes/digits-teacher.yaml                      # minutes on two cores
 python -m distill.run recipes/scenes-amd.yaml student.learning_rate=1e-5 --resume
-python -m distill.run recipes/scenes-amd.yaml --dry-run                # the resolved recipe, nothing else
+python -m distill.run recipes/sdxl-amd-4step.yaml --dry-run            # the resolved recipe and what it will need
+python -m distill.run recipes/sdxl-amd-4step.yaml --shrink iterations=2   # a rehearsal with tiny networks
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 import yaml
 
 from distill.config import RecipeError, load_recipe
+from distill.hub import is_hub_id
 from distill.provenance import provenance
+from distill.reward_names import KINDS, parse_reward
 
 TASKS = {
     "vae": "distill.tasks.vae:VaeTask",
@@ -43,28 +46,61 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="continue from this run's newest checkpoint, if there is one"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and, of a distillation, what it will need"
+    )
+    parser.add_argument(
+        "--assume", default="", metavar="KEY=VALUE,…", help="for --dry-run: gpus, tflops, mfu, gib, dollars"
+    )
+    parser.add_argument("--shrink", action="store_true", help="rehearse a distillation with tiny random networks")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
+        if options.shrink:
+            recipe = _shrunk(recipe)
+        if options.dry_run:
+            return _dry_run(recipe, options.assume)
         _check_inputs(recipe)
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.dry_run:
-        print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
-        return 0
     return train(recipe, resume=options.resume, quiet=options.quiet)
+
+
+def _dry_run(recipe: Any, assume: str) -> int:
+    """Print the resolved recipe as YAML and, as its comments, what a distillation will need."""
+    print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    if recipe.task == "distill":
+        from distill.dryrun import Machine, plan, table
+
+        for line in table(plan(recipe, Machine.parse(assume))):
+            print(f"# {line}".rstrip())
+    return 0
+
+
+def _shrunk(recipe: Any) -> Any:
+    """The recipe on tiny networks that lie beside its run."""
+    if recipe.task != "distill":
+        raise RecipeError(f"--shrink rehearses distillations, not {recipe.task}; set its model's own sizes")
+    from distill.shrink import shrunk
+
+    return shrunk(recipe, run_folder(f"{recipe.name}-shrunk") / "inputs")
+
+
+def run_folder(name: str) -> Path:
+    """Where a run keeps its logs and checkpoints."""
+    return Path(os.environ.get("LEAPFROG_RUNS", "runs")) / name
 
 
 def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
     """Run a recipe to its end. Returns 0 when complete, 1 when training failed, 130 when it was interrupted."""
     from distill.bundle import BundleError
+    from distill.rewards.weights import WeightsError
     from distill.trainer import Trainer, TrainingError
 
-    folder = Path(os.environ.get("LEAPFROG_RUNS", "runs")) / recipe.name
+    folder = run_folder(recipe.name)
     module, _, name = TASKS[recipe.task].partition(":")
     try:
         trainer = Trainer(getattr(importlib.import_module(module), name)(recipe), folder, quiet=quiet)
@@ -77,7 +113,7 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))
         complete = trainer.run()
-    except (TrainingError, RecipeError, BundleError) as error:
+    except (TrainingError, RecipeError, BundleError, WeightsError) as error:
         print(error, file=sys.stderr)
         return 1
     if not complete:
@@ -87,26 +123,39 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
 
 
 def _check_inputs(recipe: Any) -> None:
-    """Folders that a recipe reads must exist before any work."""
+    """What a recipe reads must exist before any work; what the hub has is asked for when it is loaded."""
     for key, value in _inputs(recipe):
-        if not Path(value).is_dir():
+        if not Path(value).is_dir() and not (key == "teacher" and is_hub_id(value)):
             raise RecipeError(
                 f"{key}: there is no folder {value!r}; train it first (recipes/ has one recipe per folder)"
+            )
+    for key, value in _rewards(recipe):
+        try:
+            kind, source = parse_reward(value)
+        except ValueError as error:
+            raise RecipeError(f"{key}: {error}") from None
+        if source and not Path(source).exists() and not (kind and is_hub_id(source)):
+            raise RecipeError(
+                f"{key}: there is no folder {source!r}; train it first (recipes/ has one recipe per folder), or name "
+                f"a published reward: {', '.join(KINDS)}"
             )
 
 
 def _inputs(recipe: Any) -> list[tuple[str, str]]:
+    owners = ((recipe, ""), (getattr(recipe, "model", None), "model."))
     found = []
-    for owner, prefix in (
-        (recipe, ""),
-        (getattr(recipe, "model", None), "model."),
-        (getattr(recipe, "advantage", None), "advantage."),
-    ):
-        for key in ("clip", "teacher", "vae", "text_encoder", "text_encoder_2", "reward"):
+    for owner, prefix in owners:
+        for key in ("clip", "teacher", "vae", "text_encoder", "text_encoder_2"):
             value = getattr(owner, key, None)
             if isinstance(value, str):
                 found.append((prefix + key, value))
-    return found + [("heldout_rewards", path) for path in getattr(recipe, "heldout_rewards", ())]
+    return found
+
+
+def _rewards(recipe: Any) -> list[tuple[str, str]]:
+    advantage = getattr(recipe, "advantage", None)
+    trained = [("advantage.reward", advantage.reward)] if advantage else []
+    return trained + [("heldout_rewards", name) for name in getattr(recipe, "heldout_rewards", ())]
 
 
 if __name__ == "__main__":

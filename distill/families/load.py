@@ -8,7 +8,6 @@ A hub id is downloaded once into the hub's own cache; what is not there cannot b
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from distill.families.sd15 import Sd15
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.families.wan import Wan
+from distill.hub import is_hub_id, snapshot
 
 FAMILIES: dict[str, Any] = {"sdxl": Sdxl, "sd15": Sd15, "sit": Sit, "wan": Wan}
 PIPELINES = {
@@ -28,7 +28,6 @@ PIPELINES = {
     "WanPipeline": "wan",
 }
 """Families by the class that a diffusers folder's model_index.json names."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 _UNWANTED = ("*.fp16*", "*.bf16*", "*non_ema*", "*flax*", "safety_checker/*", "feature_extractor/*", "*_lora*")
 
@@ -85,32 +84,13 @@ def family_of(folder: Path) -> str:
     return PIPELINES[kind]
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no folder can be meant for the hub: owner/name whose owner is no folder of ours."""
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source.partition("/")[0]).is_dir()
-
-
 def local_folder(source: str) -> Path:
     """The folder of a source, downloaded where it is a hub id. Raises RecipeError where it cannot be had."""
     if Path(source).is_dir():
         return Path(source)
     if not is_hub_id(source):
         raise RecipeError(f"teacher: there is no folder {source!r}; train or convert it first, or give a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
-    except LocalEntryNotFoundError:
-        raise RecipeError(
-            f"teacher: {source!r} is not in the hub's local cache and the hub cannot be reached; run `hf download "
-            f"{source}` where there is a network and unset HF_HUB_OFFLINE, or give a local diffusers folder"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"teacher: the hub has no {source!r} for you ({first}); check the id and `hf auth login`"
-        ) from None
+    return snapshot(source, "teacher", _WANTED, _UNWANTED)
 
 
 def _revision(folder: Path) -> str | None:

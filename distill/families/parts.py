@@ -59,7 +59,7 @@ def without_float16(device: torch.device) -> Iterator[None]:
     bfloat16 has float32's range and is left alone.
     """
     kind = device.type
-    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+    half = kind != "meta" and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
     with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
         yield
 
@@ -75,9 +75,11 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
 def explicit_attention(network: Any) -> Any:
     """On CPUs, attention as plain matrix products: the backward pass of fused attention takes a third of a step there.
 
-    Where there is a GPU fused attention stays, without which the maps of 1024 × 1024 pixels do not fit.
+    Where there is a GPU fused attention stays, without which the maps of 1024 × 1024 pixels do not fit; and so it does
+    on the meta device, where large models are planned.
     """
-    if not torch.cuda.is_available():
+    weightless = any(p.is_meta for p in network.parameters())
+    if not torch.cuda.is_available() and not weightless:
         for module in network.modules():
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())

@@ -156,8 +156,10 @@ class Sit(Parts):
         if self.vae is None:
             return
         save_half(self.vae, folder / "vae")
-        index: Any = DiTPipeline(None, None, self._scheduler())
-        index.save_pretrained(folder)
+        scheduler = self._scheduler()
+        scheduler.save_pretrained(folder / "scheduler")
+        pipeline: Any = DiTPipeline(network, self.vae, scheduler)
+        pipeline.save_config(folder)
 
     def _scheduler(self) -> Any:
         if isinstance(self.schedule, Flow):

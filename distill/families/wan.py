@@ -208,9 +208,11 @@ class Wan(Parts):
             self.text_encoder.save_pretrained(folder / "text_encoder")
         else:
             save_half(self.text_encoder, folder / "text_encoder")
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.schedule.shift, stochastic_sampling=True)
-        index: Any = WanPipeline(self.tokenizer, None, None, scheduler, None)
-        index.save_pretrained(folder)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=self.schedule.shift, stochastic_sampling=True)
+        scheduler.save_pretrained(folder / "scheduler")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        pipeline: Any = WanPipeline(self.tokenizer, self.text_encoder, self.vae, scheduler, network)
+        pipeline.save_config(folder)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,1 @@
+"""Published checkpoints in formats of their own, turned into diffusers folders that families load."""

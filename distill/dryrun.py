@@ -1,0 +1,350 @@
+"""What a distillation will need, before any weights are there: parameters, memory, operations, GPU-hours and cost.
+
+    python -m distill.run recipes/sdxl-amd-4step.yaml --dry-run
+    python -m distill.run recipes/sdxl-amd-4step.yaml --dry-run --assume gpus=16,tflops=312,mfu=0.35,dollars=1.6
+
+Everything is counted on torch's meta device from the configs of the teacher's diffusers folder, or from those that are
+published under its hub id where the folder is not here. What is assumed stands in the table; what is not counted as
+well. Memory is what tensors hold: allocators add a tenth or so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import DistillRecipe, RecipeError
+from distill.costs import Cost, count, pass_cost
+from distill.families.load import FAMILIES, options_for, with_grid
+from distill.families.published import configs_of
+from distill.reward_names import parse_reward
+
+REWARD_PARAMETERS = {
+    "hpsv2": 986_109_441,
+    "hpsv2.1": 986_109_441,
+    "pickscore": 985_522_177,
+    "imagereward": 478_000_000,
+    "clip": 427_616_513,
+    "dinov2": 304_368_640,
+}
+"""Of published weights: ViT-H/14 (HPSv2, PickScore), BLIP-large (ImageReward, rounded), ViT-L/14 (CLIP, DINOv2)."""
+_UNCOUNTED = (
+    "segment_guidance",
+    "consistency",
+    "first_step_anchor",
+    "reward_tilt",
+    "reward_gradient",
+    "policy_gradient",
+    "foundation_gan",
+    "shared_teacher",
+)
+_STATE = 16
+"""Bytes per trained parameter in float32: weight, gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed. tflops: dense bfloat16 peak of one GPU, 989 for an H100 or H200 SXM; mfu: the share reached."""
+
+    gpus: int = 8
+    tflops: float = 989.0
+    mfu: float = 0.35
+    gib: float = 80.0
+    dollars: float = 2.5
+
+    @classmethod
+    def parse(cls, text: str) -> Machine:
+        """From ``gpus=8,mfu=0.4``. Raises RecipeError for an unknown name or a value that is no number."""
+        known, given = [f.name for f in fields(cls)], dict[str, Any]()
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            if name not in known:
+                raise RecipeError(f"--assume: {name!r} is unknown; use {', '.join(known)}, such as gpus=8,mfu=0.4")
+            try:
+                number = int(value) if name == "gpus" else float(value)
+            except ValueError:
+                raise RecipeError(f"--assume: {name} is {value!r}; give a number") from None
+            if number <= 0:
+                raise RecipeError(f"--assume: {name} is {value}; give a number above 0")
+            given[name] = number
+        return replace(cls(), **given)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network of the run. trained: its parameters that an optimizer moves; weight: bytes per parameter at rest."""
+
+    name: str
+    parameters: int
+    trained: int = 0
+    weight: float = 4.0
+    sharded: bool = False
+    averaged: bool = False
+
+    def at_rest(self, ranks: int) -> float:
+        """Bytes on one rank of ``ranks`` that share shards, without gradients."""
+        owned = self.parameters * self.weight + self.trained * (_STATE - 8 + 4 * self.averaged)
+        return owned / ranks if self.sharded else owned
+
+    def gradients(self, ranks: int) -> float:
+        return 4.0 * self.trained / (ranks if self.sharded else 1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kind of network call. often: how many there are per sample and iteration, on average."""
+
+    phase: str
+    what: str
+    operations: float
+    often: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A counted run. kept: bytes that a sample keeps for the backward pass; unit: parameters of the largest block."""
+
+    recipe: DistillRecipe
+    machine: Machine
+    latents: tuple[int, ...]
+    size: tuple[int, int]
+    schedule: tuple[float, ...]
+    roles: tuple[Role, ...]
+    passes: tuple[Pass, ...]
+    kept: float
+    blocks: int
+    unit: int
+    missing: tuple[str, ...]
+
+    @property
+    def operations(self) -> float:
+        """Per iteration, over all ranks."""
+        return self.recipe.batch_size * sum(p.operations * p.often for p in self.passes)
+
+    @property
+    def gpu_hours(self) -> float:
+        peak = self.machine.tflops * 1e12 * self.machine.mfu
+        return self.operations * self.recipe.iterations / peak / 3600
+
+    def shards(self) -> int:
+        """Ranks that hold one copy together."""
+        parallel = self.recipe.parallel
+        return 1 if parallel.strategy == "ddp" else max(1, self.machine.gpus // parallel.replicas)
+
+    def memory(self, role: str) -> dict[str, float]:
+        """Bytes on one rank while a role's backward pass runs, by what holds them."""
+        r, n = self.recipe, self.shards()
+        working = self.kept * (r.batch_size // r.accumulate)
+        trained = next(x for x in self.roles if x.name == role)
+        # Under autocast each matrix is copied to bfloat16 for its pass, and the backward pass keeps the copies.
+        copies = 2.0 if r.precision == "bfloat16" else 0.0
+        held = self.unit if n > 1 or r.activation_checkpointing else trained.parameters
+        return {
+            "at rest": sum(x.at_rest(n) for x in self.roles),
+            "gradients": trained.gradients(n),
+            "activations": working,
+            "copies": copies * held + (4.0 * self.unit if n > 1 else 0.0),
+        }
+
+
+class _Decoder(nn.Module):
+    def __init__(self, family: Any) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.family.decode(latents)  # type: ignore[no-any-return]
+
+
+class _TextEncoders(nn.Module):
+    def __init__(self, encoders: Mapping[str, nn.Module], length: int) -> None:
+        super().__init__()
+        self.encoders, self.length = nn.ModuleDict(encoders), length
+
+    def forward(self, rows: int) -> None:
+        for encoder in self.encoders.values():
+            encoder(input_ids=torch.zeros(rows, self.length, dtype=torch.long))
+
+
+def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
+    """Count a recipe. Raises RecipeError where its teacher is neither here nor known."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # what it says of configs is said when weights are loaded
+    try:
+        name, configs = configs_of(recipe.teacher, recipe.family)
+    except ValueError as error:
+        raise RecipeError(f"teacher: {error}") from None
+    family: Any
+    network: Any
+    with torch.device("meta"):
+        family, network = FAMILIES[name].from_config(configs, **options_for(recipe, name))
+        family.schedule = with_grid(family.schedule, recipe)
+        x = torch.empty(1, *family.latent_shape())
+        condition = family.blank(1)
+        inputs = family.inputs(x, torch.empty(1), condition)
+    network.train().requires_grad_(True)
+    cost = pass_cost(network, inputs, blocks=family.wrap_plan(), train=True)
+    wrapped = [m for m in network.modules() if isinstance(m, family.wrap_plan())]
+    half = 0.5 if recipe.precision == "bfloat16" else 1.0
+    with torch.device("meta"):
+        adapted = _adapter_parameters(recipe, network, family.lora_targets())
+    return Plan(
+        recipe,
+        machine or Machine(),
+        tuple(family.latent_shape()),
+        family.size,
+        tuple(float(t) for t in family.schedule.grid(max(recipe.steps))),
+        tuple(_roles(recipe, family, network, adapted)),
+        tuple(_passes(recipe, family, cost, x, condition)),
+        half * (cost.checkpointed if recipe.activation_checkpointing else cost.saved),
+        len(wrapped),
+        max(count(m) for m in wrapped),
+        tuple(_missing(recipe, machine or Machine())),
+    )
+
+
+def _adapter_parameters(recipe: DistillRecipe, network: nn.Module, targets: tuple[str, ...]) -> int:
+    """Of one LoRA: rank·(in + out) per matrix that it is put beside."""
+    if recipe.adapters is None:
+        return 0
+    matrices = [m for name, m in network.named_modules() if isinstance(m, nn.Linear) and name.endswith(targets)]
+    return sum(recipe.adapters.rank * (m.in_features + m.out_features) for m in matrices)
+
+
+def _roles(recipe: DistillRecipe, family: Any, network: nn.Module, adapted: int) -> Iterator[Role]:
+    whole, ema = count(network), recipe.ema > 0
+    adapters = recipe.adapters
+    shards = recipe.parallel.strategy != "ddp"
+    yield Role("teacher", whole, 0, 2.0 if adapters and adapters.base == "bfloat16" else 4.0, shards)
+    for name in ("student", "fake"):
+        size = adapted if adapters and name in adapters.roles else whole
+        yield Role(name, size, size, 4.0, shards, ema)
+    for name, part in family.parts.items():
+        yield Role(name, count(part), 0, float(next(part.parameters()).element_size()))
+    for reward in [*([recipe.advantage.reward] if recipe.advantage else []), *recipe.heldout_rewards]:
+        yield Role(f"reward {reward}", _reward_parameters(reward))
+
+
+def _reward_parameters(name: str) -> int:
+    """Of a published reward by its kind, of another by the files in its folder (float16 on disk); 0 if unknown."""
+    kind, source = parse_reward(name)
+    if kind is not None:
+        return REWARD_PARAMETERS[kind]
+    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) // 2
+
+
+def _passes(
+    recipe: DistillRecipe, family: Any, cost: Cost, x: Tensor, condition: Mapping[str, Tensor]
+) -> Iterator[Pass]:
+    """Network calls per sample and iteration; see the phases of distill.tasks.distillation."""
+    r = recipe
+    weights = r.step_weights or (1.0,) * len(r.steps)
+    earlier = sum(w * (k - 1) / 2 for w, k in zip(weights, r.steps, strict=True)) / sum(weights)
+    student = 1 / r.fake_per_student
+    fake = 1.0 if r.ttur == "every" else 1 - student
+    again = cost.forward if r.activation_checkpointing else 0.0
+    train = cost.forward + cost.backward + again
+    draws = 1.0 if r.reuse_rollout else student + fake
+    yield Pass("roll-out", "student, steps before k", cost.forward, draws * earlier)
+    yield Pass("roll-out", "student, step k without gradient", cost.forward, draws - student)
+    yield Pass("student", "student, forward and backward", train, student)
+    yield Pass("student", "teacher, with and without prompt", cost.forward, student * (3 if r.decoupled else 2))
+    yield Pass("student", "fake score", cost.forward, student)
+    yield Pass("fake", "fake score, forward and backward", train, fake)
+    if r.gan:
+        yield Pass("student", "features for the GAN, to its input", train, student)
+        yield Pass("fake", "classification, real and fake", train, 2.0 * fake)
+        yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake)
+    if r.regression:
+        yield Pass("student", "regression, forward and backward", train, student)
+    if r.advantage:
+        scored = {"always": draws, "student": student, "last-step": draws / max(1.0, 2 * earlier + 1)}
+        with torch.device("meta"):
+            decode = pass_cost(_Decoder(family), {"latents": x}).forward if family.parts else 0.0
+        yield Pass("reward", "decoder", decode, scored[r.advantage.when] * r.advantage.share)
+    encoders = {name: part for name, part in family.parts.items() if name.startswith("text_encoder")}
+    if encoders:
+        text = pass_cost(_TextEncoders(encoders, condition["prompt_embeds"].shape[1]), {"rows": 1}).forward
+        yield Pass("prompts", "text encoders", text, draws / (r.advantage.group if r.advantage else 1))
+
+
+def _missing(recipe: DistillRecipe, machine: Machine) -> Iterator[str]:
+    """Inputs that are not on this machine, and terms that are not counted."""
+    if not Path(recipe.teacher).is_dir():
+        yield f"the weights of {recipe.teacher} are not in a folder here: counted from the published configs"
+    if recipe.accumulate % machine.gpus:
+        yield f"{recipe.accumulate} micro-batches do not divide among {machine.gpus} GPUs: change accumulate or gpus"
+    if recipe.regression:
+        pairs, steps = recipe.regression.pairs, recipe.regression.steps
+        calls = 2 * pairs * steps
+        yield f"not counted: the teacher's {pairs:,} ODE pairs of {steps} steps, made once ({calls:,} calls)"
+    for key in _UNCOUNTED:
+        if getattr(recipe, key):
+            yield f"not counted: {key}"
+    for key in ("two_key", "coherence"):
+        if getattr(recipe.safeguards, key) is not None:
+            yield f"not counted: safeguards.{key}"
+    if recipe.gan or recipe.foundation_gan:
+        yield "not counted: the discriminator's head"
+    yield "not counted: the reward's own passes, previews, probes; what decoding holds while it runs"
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(plan: Plan) -> Iterator[str]:
+    """The plan as lines for people."""
+    r, m = plan.recipe, plan.machine
+    shape = " × ".join(map(str, plan.latents))
+    yield f"{r.name}: {plan.size[0]} × {plan.size[1]} pixels, latents {shape}"
+    yield f"longest grid: {', '.join(f'{t:g}' for t in plan.schedule)}"
+    micro = r.batch_size // r.accumulate
+    yield f"batch {r.batch_size}: {r.accumulate} micro-batches of {micro} over all ranks, {r.iterations:,} iterations"
+    yield ""
+    yield f"{'role':<28}{'parameters':>16}{'trained':>16}{'GiB at rest':>14}"
+    for role in plan.roles:
+        rest = _gib(role.at_rest(plan.shards()))
+        known = f"{role.parameters:,}" if role.parameters else "?"
+        yield f"{role.name:<28}{known:>16}{role.trained or '–':>16{',' if role.trained else ''}}{rest:>14.2f}"
+    yield ""
+    yield f"{'pass':<48}{'TFLOP':>10}{'per sample':>12}{'share':>8}"
+    total = sum(p.operations * p.often for p in plan.passes) or 1.0
+    for p in plan.passes:
+        label = f"{p.phase}: {p.what}"
+        share = p.operations * p.often / total
+        yield f"{label:<48}{p.operations / 1e12:>10.3g}{p.often:>12.3g}{share:>8.1%}"
+    yield f"{'per iteration':<48}{plan.operations / 1e12:>10,.4g}"
+    yield ""
+    shards, strategy = plan.shards(), r.parallel.strategy
+    held = f"shards over {shards} ranks" if shards > 1 else "whole copies"
+    yield f"{strategy} on {m.gpus} GPUs: {held}; {plan.blocks} blocks, the largest of {plan.unit:,} parameters"
+    yield f"{'GiB on one GPU':<28}{'at rest':>10}{'gradients':>11}{'activations':>13}{'copies':>9}{'sum':>9}"
+    for phase in ("student", "fake"):
+        held_by = plan.memory(phase)
+        cells = [_gib(value) for value in held_by.values()]
+        fits = "" if sum(cells) < 0.9 * m.gib else f"   more than nine tenths of {m.gib:g} GiB"
+        yield (
+            f"{phase + ' phase':<28}"
+            + "".join(
+                f"{value:>{width}.1f}" for value, width in zip((*cells, sum(cells)), (10, 11, 13, 9, 9), strict=True)
+            )
+            + fits
+        )
+    yield ""
+    hours = plan.gpu_hours
+    seconds = hours * 3600 / m.gpus / r.iterations
+    yield (
+        f"at {m.tflops:g} TFLOP/s and {m.mfu:.0%} of it: {seconds:.3g} s per iteration, {hours:,.3g} GPU-hours, "
+        f"{hours / m.gpus:,.3g} hours on {m.gpus} GPUs, ${hours * m.dollars:,.0f} at ${m.dollars:g} per GPU-hour"
+    )
+    yield "an estimate of arithmetic alone: loading, waiting and communication come on top"
+    yield from plan.missing
+
+
+def _gib(size: float) -> float:
+    return size / 2**30

@@ -1,0 +1,198 @@
+"""A recipe's rehearsal: the same classes, plan and files with tiny networks of random weights, on any machine.
+
+    python -m distill.run recipes/sdxl-amd-4step.yaml --shrink iterations=2
+
+Everything that would be downloaded is written as small files of the same formats beside the run, a teacher of the
+recipe's family and its rewards, and the recipe is pointed at them. Nothing else knows that it is a rehearsal: loading,
+phases, checkpoints and the student's folder go the way of the real run. Pictures and scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    PreTrainedTokenizerFast,
+)
+
+from distill.config import DistillRecipe, RecipeError, SceneData, parse_recipe
+from distill.data.tokenizer import BEGIN, END, build_tokenizer
+from distill.families.load import FAMILIES
+from distill.families.published import PUBLISHED, USUAL, Configs, configs_of
+
+MAX_TOKENS = 40
+SIDE = 32
+"""Pixels of a shrunk picture or frame."""
+_TINY_VAE = {
+    "sample_size": SIDE,
+    "block_out_channels": [8, 8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+_TINY_UNET = {
+    "sample_size": SIDE // 4,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+}
+_TINY_TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": MAX_TOKENS,
+    "projection_dim": 16,
+}
+
+
+def _tiny_text(vocabulary: dict[str, int]) -> dict[str, Any]:
+    begin, end = (vocabulary[token] for token in (BEGIN, END))
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    return {**_TINY_TEXT, **ids, "vocab_size": len(vocabulary)}
+
+
+def tiny_configs(family: str, configs: Configs, vocabulary: dict[str, int]) -> Configs:
+    """A teacher's configs with few and narrow layers; its schedule and constants stay. vocabulary: CLIP's ids."""
+    text = _tiny_text(vocabulary)
+    vae = {**_TINY_VAE, "scaling_factor": configs.get("vae", {}).get("scaling_factor", 1.0)}
+    scheduler = {"scheduler": configs["scheduler"]} if "scheduler" in configs else {}
+    if family == "sdxl":
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+        unet = {**_TINY_UNET, **added, "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 16 + 6 * 4}
+        return {"unet": unet, "vae": vae, "text_encoder": text, "text_encoder_2": text, **scheduler}
+    if family == "sd15":
+        return {"unet": _TINY_UNET, "vae": vae, "text_encoder": text, **scheduler}
+    if family == "sit":
+        shape = {"sample_size": SIDE // 4, "in_channels": 4, "out_channels": 4, "patch_size": 2}
+        depth = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "norm_num_groups": 1}
+        classes = {"num_embeds_ada_norm": configs["transformer"].get("num_embeds_ada_norm", 1000)}
+        return {"transformer": {**shape, **depth, **classes}, "vae": vae, **scheduler}
+    transformer = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16}
+    channels = {"in_channels": 4, "out_channels": 4, "text_dim": 16}
+    video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_scales": []}
+    statistics = {"latents_mean": [-0.5, -0.25, 0.25, 0.5], "latents_std": [1.5, 2.0, 2.5, 3.0]}
+    umt5 = {"vocab_size": 300, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2}
+    return {
+        "transformer": {**transformer, **channels},
+        "vae": {**video, **statistics},
+        "text_encoder": {**umt5, "feed_forward_proj": "gated-gelu"},
+        **scheduler,
+    }
+
+
+def save_tiny_teacher(family: str, configs: Configs, folder: Path) -> None:
+    """Write a tiny teacher's diffusers folder, always the same one."""
+    build_tokenizer(folder / "words", MAX_TOKENS)
+    vocabulary = json.loads((folder / "words" / "vocab.json").read_text())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made, network = FAMILIES[family].from_config(tiny_configs(family, configs, vocabulary))
+    if family == "wan":
+        made.tokenizer = tiny_t5_tokenizer()
+    elif family != "sit":
+        made.tokenizer = made.tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "words")
+    made.save(network, folder)
+    shutil.rmtree(folder / "words")
+
+
+def tiny_t5_tokenizer() -> Any:
+    """A tokenizer of bytes with T5's special tokens: pads with 0, ends with 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def save_tiny_clip(folder: Path, seed: int) -> None:
+    """A CLIPModel with its tokenizer, as published CLIP rewards lie in a folder."""
+    build_tokenizer(folder, MAX_TOKENS)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    text = _tiny_text(vocabulary)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=text, vision_config={**vision, "image_size": SIDE, "patch_size": 8}, projection_dim=16
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE}))
+
+
+def save_tiny_classifier(folder: Path, seed: int, classes: int) -> None:
+    """A Dinov2ForImageClassification."""
+    width = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = Dinov2Config.from_dict({**width, "image_size": SIDE, "patch_size": 8, "num_labels": classes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Dinov2ForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE}))
+
+
+def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
+    """The recipe on tiny networks, whose files are written to ``folder`` where they are not there yet."""
+    if recipe.data == "digits" or not (recipe.family or recipe.teacher in PUBLISHED or Path(recipe.teacher).is_dir()):
+        raise RecipeError(f"teacher: {recipe.teacher!r} has no production family to shrink; name its family")
+    family, configs = configs_of(recipe.teacher, recipe.family)
+    configs = {**USUAL[family], **configs}
+    _once(folder / "teacher", lambda place: save_tiny_teacher(family, configs, place))
+    tree = recipe.model_dump(mode="json")
+    tree |= {"name": f"{recipe.name}-shrunk", "output": f"{recipe.output}-shrunk", "teacher": str(folder / "teacher")}
+    tree |= {"size": None if family == "sit" else [SIDE, SIDE], "frames": 5 if family == "wan" else None}
+    if recipe.advantage:
+        tree["advantage"]["reward"] = _tiny_reward(recipe, folder, 0, configs)
+    tree["heldout_rewards"] = [_tiny_reward(recipe, folder, 1 + i, configs) for i in range(len(recipe.heldout_rewards))]
+    if recipe.data != "labels":
+        tree["data"] = SceneData(count=64, size=SIDE).model_dump(mode="json")
+    tree["batch_size"] = recipe.accumulate * (recipe.advantage.group if recipe.advantage else 1)
+    tree["telemetry"] |= {"every": None}
+    if recipe.regression:
+        tree["regression"] |= {"pairs": 8, "steps": 2}
+    return parse_recipe(tree, recipe.name)  # type: ignore[no-any-return]
+
+
+def _tiny_reward(recipe: DistillRecipe, folder: Path, seed: int, configs: Configs) -> str:
+    place, labels = folder / f"reward-{seed}", recipe.data == "labels"
+    if labels:
+        classes = int(configs["transformer"].get("num_embeds_ada_norm", 1000))
+        _once(place, lambda target: save_tiny_classifier(target, seed, classes))
+    else:
+        _once(place, lambda target: save_tiny_clip(target, seed))
+    return f"{'dinov2' if labels else 'clip'}:{place}"
+
+
+def _once(place: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all; several ranks may do so at once, and the first one's stays."""
+    if place.is_dir():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=place.parent))
+    write(temporary)
+    try:
+        temporary.rename(place)
+    except OSError:
+        shutil.rmtree(temporary)
