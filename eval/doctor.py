@@ -3,8 +3,8 @@
     python -m eval.doctor
     python -m eval.doctor --judges models --store runs/eval/scores.sqlite
 
-Every check does the real thing in small: it imports the packages, loads the judge and scores probe pictures. Exit
-codes: 0 everything can run, 3 something cannot.
+Every check does the real thing in small: it imports the packages, loads the judge and scores probe pictures. Published
+scorers whose weights are not here are shown as "none". Exit codes: 0 everything else can run, 3 something cannot.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,16 @@ _ROOM_GIB = 2.0
 
 @dataclass(frozen=True)
 class Check:
-    """ok, or why not and the fix, in one line."""
+    """ok, or why not and the fix, in one line. needed: a night without it is broken."""
 
     name: str
     ok: bool
     text: str
+    needed: bool = True
+
+    @property
+    def word(self) -> str:
+        return "ok" if self.ok else "FAIL" if self.needed else "none"
 
 
 def check(name: str, probe: Callable[[], str]) -> Check:
@@ -98,6 +103,22 @@ PROBES = {
 """A suite that uses each metric, whose options the probe takes."""
 
 
+def preference_probe(name: str) -> Callable[[], str]:
+    """Score noise with a published scorer, from the hub or its cache."""
+
+    def probe() -> str:
+        from eval.metrics import create
+        from eval.metrics.base import Samples
+        from eval.prompts import Prompt
+
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+        metric = create(name)
+        metric.update(Samples(images, tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
+        return f"{sys.executable}; noise scores {metric.compute().value:.4g}"
+
+    return probe
+
+
 def runtime_probe(runtime: str) -> Callable[[], str]:
     def probe() -> str:
         from service.runtimes import RuntimeUnavailable, choose
@@ -142,14 +163,17 @@ def space_probe(path: Path) -> Callable[[], str]:
 def examine(folder: Path | None, store: Path, only: Sequence[str] | None = None) -> list[Check]:
     """All checks; only: these metrics and nothing else."""
     from eval.metrics import registered
+    from eval.metrics.preference import KINDS
 
     names = list(only) if only else [name for name in registered() if not name.startswith("test-")]
     checks = []
     for name in names:
-        if name not in PROBES:
+        if name in KINDS:
+            checks.append(replace(check(name, preference_probe(name)), needed=bool(only)))
+        elif name in PROBES:
+            checks.append(check(name, metric_probe(name, folder)))
+        else:
             checks.append(Check(name, False, "no suite uses this metric; add one to eval/suites and to PROBES"))
-            continue
-        checks.append(check(name, metric_probe(name, folder)))
     if only:
         return checks
     checks += [check(f"runtime {runtime}", runtime_probe(runtime)) for runtime in ("onnx", "openvino")]
@@ -166,10 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     checks = examine(args.judges, args.store, args.metric)
     for found in checks:
-        print(f"{'ok  ' if found.ok else 'FAIL'} {found.name:18} {found.text}")
-    broken = sum(not found.ok for found in checks)
-    print(f"{len(checks) - broken} of {len(checks)} can run")
-    return 3 if broken else 0
+        print(f"{found.word:4} {found.name:18} {found.text}")
+    print(f"{sum(found.ok for found in checks)} of {len(checks)} can run")
+    return 3 if any(found.needed and not found.ok for found in checks) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Suites: which prompts, which seeds, which metrics. One YAML file each in eval/suites.
 
 Prompts are drawn from the same generators as the training data, with seeds that training must not use: evaluation owns
-EVALUATION_SEEDS, and a suite whose seeds lie outside of it is refused. A sample is a pair (prompt, seed).
+EVALUATION_SEEDS, and a suite whose seeds lie outside of it is refused. Those of the world "text" are read from files,
+one per style. A sample is a pair (prompt, seed).
 
     suite = load_suite("scenes-trained")
     prompts = build_prompts(suite, limit=100)
@@ -9,15 +10,27 @@ EVALUATION_SEEDS, and a suite whose seeds lie outside of it is refused. A sample
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from distill.data.captions import Caption, describe
+from distill.data.errors import DataError
+from distill.data.prompts import read_prompts
 from distill.data.world import Scene, sample_scene
 from eval.errors import EvalError, first_fault, nearest
 
@@ -32,12 +45,16 @@ class _Strict(BaseModel):
 
 
 class Draw(_Strict):
-    """Which prompts: `count` of them from stream `seed`. things: how many objects, in turn; None draws 1 to 3."""
+    """Which prompts: `count` of them from stream `seed`. things: how many objects, in turn; None draws 1 to 3.
+
+    files: of the world "text", a file of prompts per style; `count` takes the first of each style in turn.
+    """
 
     seed: int
     count: int = Field(ge=0)
     things: tuple[int, ...] | None = None
     combinations: Literal["trained", "held_out"] = "trained"
+    files: dict[str, str] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _ours(self) -> Draw:
@@ -48,6 +65,11 @@ class Draw(_Strict):
             )
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Drawn prompts name no files, so that their runs compare with those from before there were any."""
+        return {key: value for key, value in dump(self).items() if (key, value) != ("files", None)}
+
 
 class Suite(_Strict):
     """A suite file. metrics: metric names with their options. batch: pictures made at once.
@@ -57,7 +79,7 @@ class Suite(_Strict):
 
     name: str
     description: str
-    world: Literal["scenes", "digits"]
+    world: Literal["scenes", "digits", "text"]
     prompts: Draw
     seeds_per_prompt: int = Field(default=1, ge=1)
     metrics: dict[str, dict[str, Any]]
@@ -68,6 +90,9 @@ class Suite(_Strict):
     def _not_empty(self) -> Suite:
         if self.prompts.count == 0 or not self.metrics:
             raise ValueError("the suite is empty; give prompts.count of at least 1 and at least one metric")
+        if (self.world == "text") != (self.prompts.files is not None):
+            given = "given" if self.prompts.files else "missing"
+            raise ValueError(f"world is {self.world} and prompts.files {given}; use files with the world text alone")
         return self
 
 
@@ -75,7 +100,8 @@ class Suite(_Strict):
 class Prompt:
     """One sample to make: the prompt (id, text), its noise seed, and what a right picture shows.
 
-    id is one per drawn scene, so that samples which share it are the same prompt with different seeds.
+    id is one per drawn scene, so that samples which share it are the same prompt with different seeds. style: of a
+    prompt from a file.
     """
 
     id: str
@@ -84,6 +110,7 @@ class Prompt:
     caption: Caption | None = None
     label: int | None = None
     scene: Scene | None = None
+    style: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -113,12 +140,45 @@ def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
     number = total if limit is None else limit
     if not 1 <= number <= total:
         raise EvalError(f"--samples is {number} but suite {suite.name!r} has {total}; use 1 to {total}")
-    make = {"scenes": scene_prompt, "digits": digit_prompt}[suite.world]
+    drawn = {"scenes": scene_prompt, "digits": digit_prompt}
+    make = _reader(suite.prompts) if suite.world == "text" else drawn[suite.world]
     prompts = []
     for position in range(number):
         index, repeat = divmod(position, suite.seeds_per_prompt)
         prompts.append(make(suite.prompts, index, suite.prompts.seed + index * suite.seeds_per_prompt + repeat))
     return prompts
+
+
+def _reader(draw: Draw) -> Callable[[Draw, int, int], Prompt]:
+    """Prompts of files by number: the first of every style, then the second of every style, and so on."""
+    files = draw.files or {}
+    styles = {style: read_style(Path(file)) for style, file in files.items()}
+    for number, (style, texts) in enumerate(styles.items()):
+        wanted = len(range(number, draw.count, len(styles)))
+        if len(texts) < wanted:
+            raise EvalError(f"{files[style]} holds {len(texts)} prompts and {wanted} are wanted; lower prompts.count")
+
+    def make(draw: Draw, index: int, seed: int) -> Prompt:
+        row, column = divmod(index, len(styles))
+        style = list(styles)[column]
+        return Prompt(f"{style}-{row:05d}", styles[style][row], seed, style=style)
+
+    return make
+
+
+def read_style(path: Path) -> list[str]:
+    """Prompts of a .json list, as HPSv2's benchmark has them, or of whatever distill.data.prompts reads."""
+    if not path.is_file():
+        raise EvalError(f"{path} is missing, so its prompts cannot be drawn; put the benchmark's file there")
+    try:
+        if path.suffix != ".json":
+            return read_prompts(str(path))
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except (DataError, ValueError) as error:
+        raise EvalError(f"{path} cannot be read: {error}; give a list of prompts") from None
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise EvalError(f'{path} is no list of prompts; give JSON such as ["a cat", "a dog"]')
+    return texts
 
 
 def scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:

@@ -25,9 +25,10 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from distill.reward_names import parse_reward
 from eval import judges
 from eval.errors import EvalError
-from eval.metrics import Metric, Score, create
+from eval.metrics import Metric, Score, create, preference
 from eval.prompts import Prompt, Suite, build_prompts, load_suite, suite_names
 from eval.sources import Source, generate, open_source, write_folder
 from eval.store import RunInfo, Store
@@ -91,14 +92,16 @@ def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Sou
         options["folder"] = folder
     if name == "reward":
         options["trained_on"] = _was_trained_on(source, options.get("judge", "scenes-reward"))
+    if name in preference.KINDS:
+        options["trained_on"] = _was_trained_on(source, preference.KINDS[name])
     return create(name, **options)
 
 
 def _was_trained_on(source: Source, judge: str) -> bool:
-    """Whether the source's recipe names the judge as the reward of its advantage."""
+    """Whether the source's recipe names the judge, a folder or a published reward, as the reward of its advantage."""
     recipe = source.about.get("provenance", {}).get("recipe", {})
     reward = (recipe.get("advantage") or {}).get("reward")
-    return reward is not None and Path(reward).name == judge
+    return reward is not None and judge in (Path(reward).name, parse_reward(reward)[0])
 
 
 def _info(source: Source, suite: Suite, prompts: Sequence[Prompt], label: str, command: str) -> RunInfo:

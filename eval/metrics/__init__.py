@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.metrics import composition, digits, diversity, fid, inception, latency, manifold, reward
+from eval.metrics import composition, digits, diversity, fid, inception, latency, manifold, preference, reward
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "inception",
     "latency",
     "manifold",
+    "preference",
     "registered",
     "reward",
 ]

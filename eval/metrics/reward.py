@@ -42,6 +42,7 @@ class Reward(PerSampleMetric):
         super().__init__()
         self._scorer, self._identity = (scorer, identity) if scorer else load_reward(folder, judge)
         self._trained_on = trained_on
+        self._styles: list[str] = []
 
     def update(self, samples: Samples) -> None:
         import torch
@@ -50,13 +51,19 @@ class Reward(PerSampleMetric):
         with torch.inference_mode():
             scores = self._scorer.score(torch.from_numpy(samples.images), conditions)
         self._add(np.asarray(scores, dtype=np.float64), samples)
+        self._styles.extend(prompt.style for prompt in samples.prompts)
 
     def compute(self) -> Score:
         self._need(len(self._values))
         values = np.array(self._values)
         protocol = {"reward": self._scorer.name, "weights": self._identity}
         interval = bootstrap_mean(values, self._clusters)
-        return self._score(interval, values, protocol, trained_on=self._trained_on).check()
+        return self._score(interval, values, protocol, parts=self._parts(values), trained_on=self._trained_on).check()
+
+    def _parts(self, values: Any) -> dict[str, float]:
+        """The mean of each style where prompts have one, as benchmarks report it."""
+        styles = np.array(self._styles)
+        return {style: float(values[styles == style].mean()) for style in dict.fromkeys(self._styles) if style}
 
 
 def load_reward(folder: Path | None, judge: str) -> tuple[Scorer, str]:

@@ -8,10 +8,25 @@ import pytest
 
 from eval import doctor
 from eval.metrics import registered
+from eval.metrics.preference import KINDS
 
 
 def test_every_metric_has_a_probe() -> None:
-    assert {name for name in registered() if not name.startswith("test-")} == set(doctor.PROBES)
+    assert {name for name in registered() if not name.startswith("test-")} == set(doctor.PROBES) | set(KINDS)
+
+
+def test_published_scorers_that_are_not_here_break_nothing_unless_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "PROBES", {})
+    monkeypatch.setattr("eval.metrics.registered", lambda: ("hpsv2.1",))
+    places = ["--judges", str(tmp_path), "--store", str(tmp_path / "s.sqlite")]
+    assert doctor.main(places) == 0
+    shown = capsys.readouterr().out
+    assert "none hpsv2.1" in shown and "hpsv2.1 was not run" in shown
+    assert doctor.main([*places, "--metric", "hpsv2.1"]) == 3
+    assert "FAIL hpsv2.1" in capsys.readouterr().out
 
 
 def test_a_metric_without_its_judge_cannot_run_and_the_fix_is_named(tmp_path: Path) -> None:
