@@ -28,7 +28,7 @@ from distill.reward_names import parse_reward
 REWARD_PARAMETERS = {
     "hpsv2": 986_109_441,
     "hpsv2.1": 986_109_441,
-    "pickscore": 985_522_177,
+    "pickscore": 986_109_441,
     "imagereward": 478_000_000,
     "clip": 427_616_513,
     "dinov2": 304_368_640,
@@ -212,8 +212,10 @@ def _adapter_parameters(recipe: DistillRecipe, network: nn.Module, targets: tupl
     """Of one LoRA: rank·(in + out) per matrix that it is put beside."""
     if recipe.adapters is None:
         return 0
-    matrices = [m for name, m in network.named_modules() if isinstance(m, nn.Linear) and name.endswith(targets)]
-    return sum(recipe.adapters.rank * (m.in_features + m.out_features) for m in matrices)
+    beside = [m for name, m in network.named_modules() if name.endswith(targets)]
+    linear = sum(m.in_features + m.out_features for m in beside if isinstance(m, nn.Linear))
+    convolution = sum(m.weight[0].numel() + m.out_channels for m in beside if isinstance(m, nn.Conv2d))
+    return recipe.adapters.rank * (linear + convolution)
 
 
 def _roles(recipe: DistillRecipe, family: Any, network: nn.Module, adapted: int) -> Iterator[Role]:

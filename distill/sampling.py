@@ -33,6 +33,11 @@ class Schedule(Protocol):
     @property
     def t_max(self) -> float: ...
 
+    @property
+    def t_first(self) -> float:
+        """Where a student's first step stands."""
+        ...
+
     def alpha(self, t: Array) -> Array: ...
 
     def sigma(self, t: Array) -> Array: ...
@@ -60,6 +65,10 @@ class ScaledLinear:
     @property
     def t_max(self) -> float:
         return float(self.num_timesteps - 1)
+
+    @property
+    def t_first(self) -> float:
+        return max((times[0] for times in self.grids.values()), default=self.t_max)
 
     @property
     def alphas_cumprod(self) -> Array:
@@ -95,6 +104,10 @@ class Flow:
     t_max: float = 1.0
 
     grids: Grids = field(default_factory=dict, hash=False)
+
+    @property
+    def t_first(self) -> float:
+        return max((times[0] for times in self.grids.values()), default=self.t_max)
 
     def alpha(self, t: Array) -> Array:
         return np.asarray(1.0 - np.asarray(t, dtype=np.float64))

@@ -10,13 +10,16 @@ phases, checkpoints and the student's folder go the way of the real run. Picture
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -26,10 +29,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distill.config import DistillRecipe, RecipeError, SceneData, parse_recipe
+from distill.config import DistillRecipe, FileData, RecipeError, SceneData, parse_recipe
 from distill.data.tokenizer import BEGIN, END, build_tokenizer
 from distill.families.load import FAMILIES
 from distill.families.published import PUBLISHED, USUAL, Configs, configs_of
+from distill.tasks.samples import PREVIEW_PROMPTS
 
 MAX_TOKENS = 40
 SIDE = 32
@@ -153,6 +157,16 @@ def save_tiny_classifier(folder: Path, seed: int, classes: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE}))
 
 
+def save_tiny_data(folder: Path) -> None:
+    """prompts.txt, and pictures of coloured noise with the same prompts beside them."""
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PREVIEW_PROMPTS), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    for i, prompt in enumerate(PREVIEW_PROMPTS):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((SIDE, SIDE)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(prompt, encoding="utf-8")
+
+
 def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
     """The recipe on tiny networks, whose files are written to ``folder`` where they are not there yet."""
     if recipe.data == "digits" or not (recipe.family or recipe.teacher in PUBLISHED or Path(recipe.teacher).is_dir()):
@@ -166,9 +180,14 @@ def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
     if recipe.advantage:
         tree["advantage"]["reward"] = _tiny_reward(recipe, folder, 0, configs)
     tree["heldout_rewards"] = [_tiny_reward(recipe, folder, 1 + i, configs) for i in range(len(recipe.heldout_rewards))]
-    if recipe.data != "labels":
-        tree["data"] = SceneData(count=64, size=SIDE).model_dump(mode="json")
-    tree["batch_size"] = recipe.accumulate * (recipe.advantage.group if recipe.advantage else 1)
+    if isinstance(recipe.data, FileData):
+        _once(folder / "data", save_tiny_data)
+        pictures = str(folder / "data") if recipe.data.pictures else None
+        tree["data"] |= {"prompts": str(folder / "data" / "prompts.txt"), "pictures": pictures}
+    elif isinstance(recipe.data, SceneData):
+        tree["data"] |= {"count": 64, "size": SIDE}
+    micro = min(recipe.accumulate, max(2, int(os.environ.get("WORLD_SIZE", "1"))))  # torchrun's: each rank needs one
+    tree |= {"accumulate": micro, "batch_size": micro * (recipe.advantage.group if recipe.advantage else 1)}
     tree["telemetry"] |= {"every": None}
     if recipe.regression:
         tree["regression"] |= {"pairs": 8, "steps": 2}

@@ -149,6 +149,7 @@ class Sd15(Parts):
                 original_inference_steps=self.schedule.num_timesteps,
                 prediction_type=PREDICTION_TYPES[self.prediction],
                 rescale_betas_zero_snr=self.schedule.zero_terminal,
+                steps_offset=1,  # what the pipeline asks of a config; this scheduler's times do not depend on it
             ),
             safety_checker=None,
             feature_extractor=None,

@@ -8,6 +8,8 @@ x_t = (1 − t)·x0 + t·ε, the network predicts ε − x0 and reads 1000·t. T
 * Prompts are cleaned as diffusers does it (with ftfy where it is installed; Wan's own code always does).
 * The time shift is one number for teacher, fake score, student, re-noising and sampler: it lives in the schedule.
   diffusers' folders name 3 (for 480p); Self-Forcing and FastGen train with 5, Wan's own wrapper defaults to 8.
+* Norms of queries and keys have float32 weights, and get bfloat16 under autocast: torch has no fused kernel for that
+  pair and warns, so they get their input in the precision of their weights.
 * UMT5 leaves float16's range: its weights are taken as they are stored (bfloat16), or float32 in the place of float16.
 """
 
@@ -97,7 +99,7 @@ class Wan(Parts):
             size=size,
             frames=frames,
         )
-        return family, WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32)
+        return family, _prepare(WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32))
 
     @classmethod
     def from_config(
@@ -118,7 +120,7 @@ class Wan(Parts):
             size=size,
             frames=frames,
         )
-        return family, WanTransformer3DModel.from_config(configs["transformer"])
+        return family, _prepare(WanTransformer3DModel.from_config(configs["transformer"]))
 
     def new_network(self) -> Any:
         raise ValueError("the wan family is loaded from a folder, which has its network; give the teacher's folder")
@@ -225,3 +227,15 @@ class Wan(Parts):
             "max_tokens": MAX_TOKENS,
             "preview": scene_preview(self),
         }
+
+
+def _prepare(network: Any) -> Any:
+    for module in network.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.register_forward_pre_hook(_as_weight)
+    return network
+
+
+def _as_weight(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = norm.weight
+    return (inputs[0].to(weight.dtype) if isinstance(weight, Tensor) else inputs[0],)

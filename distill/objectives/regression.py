@@ -58,7 +58,7 @@ class OdeRegression(Hook):
         index = torch.randint(self.pairs, (len(rollout.x),), generator=rollout.random("pairs")).tolist()
         z, y = (torch.stack(column) for column in zip(*map(self.pair, index), strict=True))
         family = self.roles.family
-        t = torch.full((len(z),), family.schedule.t_max, dtype=torch.float64)
+        t = torch.full((len(z),), family.schedule.t_first, dtype=torch.float64)
         x = family.predict(self.roles.student, z, t, family.encode([self.prompts[i] for i in index])).x0
         loss = self._distance(x.float(), y.float())
         rollout.telemetry["regression"] = loss.detach()
