@@ -26,12 +26,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
 from distill.parallel.mean import Average
-from distill.parallel.shard import kept_ties, materialise, mesh_of, shard
+from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard
 from distill.parallel.world import world
 from distill.telemetry.sink import Sink, Total, Value
 
@@ -128,10 +129,10 @@ class Trainer:
 
     def _place(self) -> None:
         """Shard the task's networks, or hold them whole; all ranks start from rank 0's values."""
-        self.sharded, mesh = False, None
+        self.sharded, self._networks, mesh = False, list[nn.Module](), None
         if self.world.size == 1:
             return
-        networks = self.task.networks() if isinstance(self.task, Shardable) else []
+        networks = self._networks = self.task.networks() if isinstance(self.task, Shardable) else []
         if self.recipe.parallel.strategy != "ddp":
             if not isinstance(self.task, Shardable):
                 raise ValueError(f"task {self.recipe.task} holds its networks whole; use parallel.strategy=ddp")
@@ -238,6 +239,7 @@ class Trainer:
                 for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
                     telemetry.setdefault(name, []).append(value)
             gradients.average(role.parameters(), self.world)
+            let_go(self._networks)
             norm = gradients.clip(role.parameters(), settings.clip)
             finite = all(math.isfinite(float(v)) for v in (norm, *telemetry[f"{phase.role}/loss"]))
             if self.world.most(not finite):
@@ -386,8 +388,15 @@ def schedule(settings: Optimizer, iteration: int, iterations: int) -> float:
 
 def _adamw(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     parameters = [p for p in module.parameters() if p.requires_grad]
+    # The fused step takes shards or whole tensors. Networks come first in their roles, so the order stays the same.
+    groups = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    assert [id(p) for group in groups for p in group] == [id(p) for p in parameters], "shards come first in a role"
     return torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        [{"params": group} for group in groups if group],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distill.objectives.plan import Hook, Roles, Rollout, Terms
+from distill.parallel.shard import local
 
 
 class SharedTeacher(Hook):
@@ -42,8 +43,8 @@ class SharedTeacher(Hook):
         if weight == 0.0:
             return teacher
         if self._blended != rollout.iteration:
-            mine = tuple(self.network.parameters())
-            torch._foreach_copy_(mine, tuple(teacher.parameters()))
-            torch._foreach_lerp_(mine, tuple(self.roles.fake.parameters()), weight)
+            mine, real, fake = ([local(p) for p in m.parameters()] for m in (self.network, teacher, self.roles.fake))
+            torch._foreach_copy_(mine, real)
+            torch._foreach_lerp_(mine, fake, weight)
             self._blended = rollout.iteration
         return self.network

@@ -2,7 +2,8 @@
 
 Parameters, gradients, moments and averages stay float32 in shards, a range of rows per rank; under bfloat16 the copies
 that are gathered for a forward or backward pass are bfloat16, and gradients are summed in float32. Every network is
-gathered block by block and let go after each pass, also at its root, so that outside of a pass it lies in shards.
+gathered block by block and let go after each pass, also at its root, so that outside of a pass it lies in shards: that
+is when averages, optimizers and hooks touch its parameters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.parallel.options import Parallel
@@ -59,12 +60,29 @@ def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceM
     for module in reversed([m for m in network.modules() if isinstance(m, (*blocks, *REACHED_INTO))]):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     fully_shard(network, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    network.register_forward_pre_hook(_keep_root)
     _fill(network, whole, mesh)
 
 
 def materialise(module: nn.Module) -> None:
     """Give all ranks rank 0's values of what is whole in a module, which may be on the meta device on other ranks."""
     _fill(module, {name: t.detach() for name, t in _tensors(module).items() if not isinstance(t, DTensor)}, None)
+
+
+def _keep_root(network: nn.Module, inputs: Any) -> None:
+    """Keep what is outside of blocks until the backward pass if there will be one.
+
+    FSDP2 gathers it again when a gradient reaches the network's output; one that enters at a tapped feature does not.
+    """
+    assert isinstance(network, FSDPModule)
+    network.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
+
+
+def let_go(networks: Iterable[nn.Module]) -> None:
+    """Bring networks back into shards after passes whose gradients stopped short of them."""
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.reshard()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,6 +49,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         yield run
         server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def jobs() -> ModuleType:
+    """jobs.py beside this file."""
+    spec = spec_from_file_location("jobs", Path(__file__).with_name("jobs.py"))
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

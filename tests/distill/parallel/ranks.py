@@ -16,10 +16,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import sklearn.datasets  # noqa: F401  (imported once, before the forks)
 import torch
 import torch.distributed as dist
+import torch.utils.tensorboard
 
-import distill.tasks.distillation  # noqa: F401  (imported once, before the forks)
+import distill.tasks.distillation  # noqa: F401
 
 PATIENCE = 300
 """Seconds after which a job whose ranks wait for each other is ended."""
@@ -37,6 +39,7 @@ def _start(rank: int, job: dict[str, Any]) -> int:
     child = os.fork()
     if child:
         return child
+    os.dup2(2, 1)  # answers alone go to stdout
     try:
         _run(rank, job)
     finally:

@@ -1,0 +1,127 @@
+"""What ranks are told to do: a distillation of tiny digits, whole or in parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import distill.parallel.checkpoint
+from distill.config import load_recipe
+from distill.parallel.shard import full
+from distill.tasks.distillation import DistillationTask
+from distill.trainer import Phase, Trainer, TrainingError
+
+ROOT = Path(__file__).parents[3]
+
+
+def trainer(models: str, folder: str, overrides: list[str]) -> Trainer:
+    small = [
+        f"teacher={models}/digits-teacher", f"advantage.reward={models}/digits-reward", f"output={folder}/out",
+        "iterations=3", "batch_size=16", "accumulate=4", "fake_warmup=1", "fake_per_student=2", "steps=[2]",
+        "log_every=1", "preview_every=100", "save_every=100", "telemetry.prompts=2", "telemetry.every=2",
+        "telemetry.teacher_steps=2",
+    ]  # fmt: skip
+    recipe = load_recipe(ROOT / "recipes/digits-amd.yaml", small + overrides)
+    return Trainer(DistillationTask(recipe), Path(folder), quiet=True)
+
+
+def distil(models: str, folder: str, overrides: list[str], until: int | None = None) -> dict[str, Tensor]:
+    """Train from the newest checkpoint, if there is one, to the end or an iteration, and save; the whole state."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as ranks have: sums by several threads have another last bit
+    try:
+        return _distil(trainer(models, folder, overrides), until)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _distil(made: Trainer, until: int | None) -> dict[str, Tensor]:
+    if list((made.folder / "checkpoints").glob("step-*")):
+        made.resume()
+    if until is None:
+        made.run()
+    else:
+        while made.iteration < until:
+            made._step()
+            made.iteration += 1
+        made.save()
+    return {name: full(tensor).clone() for name, tensor in made._tensors().items()}
+
+
+def killed(models: str, folder: str, overrides: list[str], moment: str) -> None:
+    """A run that saves after every second iteration and is killed in the last one, or while it saves that one."""
+    made = trainer(models, folder, [*overrides, "save_every=2"])
+    phases, finish = made.task.phases, distill.parallel.checkpoint._finish
+
+    def dying(iteration: int) -> list[Phase]:
+        if iteration == made.recipe.iterations - 1 and moment == "step":
+            found = phases(iteration)
+            return [*found[:-1], Phase(found[-1].role, lambda micro: os.kill(os.getpid(), signal.SIGKILL))]
+        return phases(iteration)
+
+    def torn(temporary: Path, final: Path, *rest: object) -> None:
+        if made.iteration == made.recipe.iterations:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(temporary, final, *rest)
+
+    made.task.phases = dying
+    distill.parallel.checkpoint._finish = torn
+    made.run()
+
+
+def troubles(models: str, folder: str) -> list[str]:
+    """A signal, a full disk and a loss that is not finite on the last rank alone, told by every rank."""
+    told = []
+    made = trainer(models, folder, ["parallel.strategy=fsdp"])
+    mine = made.world.rank == made.world.size - 1
+    phases = made.task.phases
+
+    def signalled(iteration: int) -> list[Phase]:
+        if mine and iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return phases(iteration)
+
+    made.task.phases = signalled
+    told.append(f"complete: {made.run()} at {made.iteration}")
+
+    described = distill.parallel.checkpoint._described
+
+    def full_disk(path: Path) -> dict[str, object]:
+        if mine:
+            raise OSError(28, "No space left on device")
+        return described(path)
+
+    distill.parallel.checkpoint._described = full_disk
+    made.iteration += 1
+    try:
+        made.save()
+    except TrainingError as error:
+        told.append(str(error))
+    distill.parallel.checkpoint._described = described
+
+    def poisoned(iteration: int) -> list[Phase]:
+        return [Phase(p.role, lambda micro, p=p: _not_finite(p, micro, mine)) for p in phases(iteration)]
+
+    made.task.phases = poisoned
+    try:
+        made._step()
+    except TrainingError as error:
+        told.append(str(error))
+    return told
+
+
+def _not_finite(phase: Phase, micro: int, mine: bool) -> tuple[Tensor, dict[str, Tensor | float]]:
+    loss, values = phase.loss(micro)
+    return loss + (float("inf") if mine else 0.0), dict(values)
+
+
+def stream(folder: Path) -> list[dict[str, float]]:
+    """The numbers of a run's log but its times; counts of histograms move with the last bit."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    apart = ("time", "seconds", "samples_per_second", "histograms")
+    return [{k: v for k, v in line.items() if k not in apart and "cpu_seconds" not in k} for line in lines]
