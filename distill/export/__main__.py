@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from distill.bundle import Bundle, BundleError
 
-EXAMPLE = "example: python -m distill.export bundles/scenes-sdxl --to onnx"
+PUBLISHED = ("diffusers", "lora", "comfyui")
+
+EXAMPLE = (
+    "example: python -m distill.export bundles/scenes-sdxl --to onnx\n"
+    "         python -m distill.export bundles/scenes-sdxl --to diffusers --out /tmp/scenes-sdxl"
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m distill.export",
-        description="Compile the student of a bundle, compare every graph and whole pictures with torch, and write "
-        "the graphs into the bundle. A graph that does not reproduce torch fails the export and nothing is written.",
+        description="onnx: compile the student of a bundle, compare every graph and whole pictures with torch, and\n"
+        "write the graphs into the bundle; a graph that does not reproduce torch fails the export and nothing is\n"
+        "written. diffusers, lora, comfyui: write a new folder for others, with a model card.",
         epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples on lines of their own
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle, the one with bundle.json")
-    parser.add_argument("--to", required=True, choices=("onnx",), help="runtime to compile for")
-    parser.add_argument("--opset", type=int, default=22, help="ONNX operator set (default: %(default)s)")
-    return parser.parse_args(arguments)
+    parser.add_argument("--to", required=True, choices=("onnx", *PUBLISHED), help="what to write")
+    parser.add_argument("--opset", type=int, default=22, help="onnx: operator set (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="diffusers, lora, comfyui: the new folder")
+    parser.add_argument("--rank", type=int, help="lora: its rank (default: 64); comfyui: a LoRA, not a checkpoint")
+    parser.add_argument("--teacher", help="lora: what the student was distilled from (default: as the bundle says)")
+    parser.add_argument("--run", type=Path, help="folder of the training run, for its cost (default: runs/NAME)")
+    options = parser.parse_args(arguments)
+    if (options.to in PUBLISHED) != (options.out is not None):
+        parser.error(f"--to {options.to} {'needs' if options.to in PUBLISHED else 'takes no'} --out")
+    if options.rank is not None and options.rank < 1:
+        parser.error(f"--rank is {options.rank}; give at least 1")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,20 +50,33 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import transformers
 
-        from distill.export.onnx import ExportError
-        from distill.export.run import export_onnx, written
+        transformers.utils.logging.disable_progress_bar()
+        paths = _compile(options) if options.to == "onnx" else _publish(options)
     except ModuleNotFoundError as error:
         print(f"export needs {error.name}; run: pip install -e '.[train]'", file=sys.stderr)
         return 1
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        bundle = export_onnx(options.bundle, options.opset)
-    except (BundleError, ExportError, ValueError) as error:
+    except (BundleError, ValueError) as error:
         print(f"export failed: {error}", file=sys.stderr)
         return 1
-    for path in written(bundle):
+    for path in paths:
         print(f"wrote {path}")
     return 0
+
+
+def _compile(options: argparse.Namespace) -> list[Path]:
+    from distill.export.onnx import ExportError
+    from distill.export.run import export_onnx, written
+
+    try:
+        return written(export_onnx(options.bundle, options.opset))
+    except ExportError as error:
+        raise BundleError(str(error)) from None
+
+
+def _publish(options: argparse.Namespace) -> list[Path]:
+    from distill.export.publish import publish
+
+    return publish(options.bundle, options.to, options.out, rank=options.rank, teacher=options.teacher, run=options.run)
 
 
 if __name__ == "__main__":

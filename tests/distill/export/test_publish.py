@@ -1,0 +1,115 @@
+"""A published folder loads with diffusers alone and makes the student's pictures; the command says what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+from distill.bundle import Bundle, BundleError, Sampler, write_manifest
+from distill.export.__main__ import main
+from distill.export.publish import PublishError, publish
+from distill.sampling import ScaledLinear, student_table
+
+
+def silent(line: str) -> None:
+    """A publication's progress, unread."""
+
+
+def picture(pipeline: Any, **call: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    result = pipeline(
+        "a red cube", guidance_scale=1.0, generator=generator, output_type="np", height=64, width=64, **call
+    )
+    return np.asarray(result.images[0])
+
+
+def test_a_folder_for_diffusers_has_no_engines_and_makes_the_same_picture(tiny_sources: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_sources, root)
+    (root / "onnx").mkdir()
+    (root / "onnx/step.onnx").write_bytes(b"an engine")
+    write_manifest(root, Bundle.open(tiny_sources).manifest)
+    written = publish(root, "diffusers", tmp_path / "out", say=silent)
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in written}
+    assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= names
+    assert not any(name.startswith("onnx") or name in ("bundle.json",) or name.endswith(".bin") for name in names)
+    ours, theirs = DiffusionPipeline.from_pretrained(tmp_path / "out"), DiffusionPipeline.from_pretrained(root)
+    assert np.array_equal(picture(ours, num_inference_steps=4), picture(theirs, num_inference_steps=4))
+
+
+def test_the_usage_of_the_card_runs(tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a grid of its own, as SDXL's one step at 399."""
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_sources, root)
+    table = student_table(ScaledLinear(), "epsilon", np.array([399.0]))
+    manifest = Bundle.open(tiny_sources).manifest
+    write_manifest(root, manifest.model_copy(update={"samplers": {1: Sampler.of(table)}, "default_steps": 1}))
+    publish(root, "diffusers", tmp_path / "out", say=silent)
+    usage = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "timesteps=[399]" in usage
+    scope: dict[str, Any] = {}
+    exec(usage.replace("PATH", str(tmp_path / "out")), scope)
+    assert scope["result"].size == (64, 64) and scope["pipe"].scheduler.timesteps.tolist() == [399]
+
+
+def test_pixel_space_students_are_a_network_and_a_scheduler(tmp_path: Path) -> None:
+    publish("bundles/digits-sit", "diffusers", tmp_path / "out", say=silent)
+    network: Any = DiTTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    assert network.config.in_channels == 1
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    steps = Bundle.open("bundles/digits-sit").manifest.default_steps
+    usage = (tmp_path / "out/README.md").read_text()
+    assert f"scheduler.set_timesteps(sigmas={[round(1 - i / steps, 6) for i in range(steps)]})" in usage
+    assert scheduler.config.stochastic_sampling
+
+
+def test_nothing_is_left_of_a_publication_that_fails(tiny_sources: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_sources, root)
+    (root / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match="was altered or truncated"):
+        publish(root, "diffusers", tmp_path / "out", say=silent)
+    with pytest.raises(PublishError, match="does not say what it was distilled from; add --teacher"):
+        publish(tiny_sources, "lora", tmp_path / "out", say=silent)
+    with pytest.raises(PublishError, match="--rank makes a LoRA; use it with --to lora or --to comfyui"):
+        publish(tiny_sources, "diffusers", tmp_path / "out", rank=4, say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_with_files_is_not_overwritten(tiny_sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    publish(tiny_sources, "diffusers", tmp_path / "out", say=silent)
+    with pytest.raises(PublishError, match="out is there already; give a new folder, or delete it"):
+        publish(tiny_sources, "diffusers", tmp_path / "out", say=silent)
+
+
+def test_the_command_names_what_it_wrote(
+    tiny_sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tiny_sources), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 0
+    assert f"wrote {tmp_path / 'out/README.md'}" in capsys.readouterr().out
+    assert main([str(tiny_sources), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 1
+    assert "export failed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--to", "diffusers"], "--to diffusers needs --out"),
+        (["--to", "onnx", "--out", "x"], "--to onnx takes no --out"),
+        (["--to", "lora", "--out", "x", "--rank", "0"], "--rank is 0; give at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(
+    tiny_sources: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tiny_sources), *arguments])
+    assert told in capsys.readouterr().err
