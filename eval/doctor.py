@@ -132,6 +132,22 @@ def runtime_probe(runtime: str) -> Callable[[], str]:
     return probe
 
 
+def extractor_probe(name: str, folder: Path | None) -> Callable[[], str]:
+    """Features of noise under a published extractor."""
+
+    def probe() -> str:
+        from eval.metrics.extractors import load_extractor
+
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+        return f"{sys.executable}; {load_extractor(folder, name)(images).shape[1]} features"
+
+    return probe
+
+
+EXTRACTORS = {"cmmd": "clip-vit-l-14-336", "fd-dinov2": "dinov2-vit-l-14"}
+"""Published extractors behind metrics that no embedded world uses."""
+
+
 def store_probe(path: Path) -> Callable[[], str]:
     def probe() -> str:
         from eval.store import Store
@@ -170,6 +186,8 @@ def examine(folder: Path | None, store: Path, only: Sequence[str] | None = None)
     for name in names:
         if name in KINDS:
             checks.append(replace(check(name, preference_probe(name)), needed=bool(only)))
+        elif name in EXTRACTORS:
+            checks.append(replace(check(name, extractor_probe(EXTRACTORS[name], folder)), needed=bool(only)))
         elif name in PROBES:
             checks.append(check(name, metric_probe(name, folder)))
         else:

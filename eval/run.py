@@ -38,6 +38,8 @@ DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
 JUDGED = {
     "fid",
+    "fd-dinov2",
+    "cmmd",
     "kid",
     "precision",
     "recall",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from eval.metrics import composition, digits, diversity, fid, inception, latency, manifold, preference, reward
+from eval.metrics import cmmd, composition, digits, diversity, fid, inception, latency, manifold, preference, reward
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
 __all__ = [
     "Metric",
     "Samples",
     "Score",
+    "cmmd",
     "composition",
     "create",
     "digits",

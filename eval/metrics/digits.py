@@ -23,7 +23,7 @@ from eval import judges
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
 from eval.metrics.composition import proportion
-from eval.metrics.fid import register_extractor
+from eval.metrics.extractors import register_extractor
 
 NAME = "digits-cnn"
 _EPOCHS, _BATCH, _LEARNING_RATE = 25, 100, 2e-3

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
-from eval.metrics.fid import Extractor, load_extractor
+from eval.metrics.extractors import Extractor, load_extractor
 from eval.statistics import bootstrap_mean
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eval.errors import EvalError
 from eval.metrics import create
 from eval.metrics.base import Samples, Score
-from eval.metrics.fid import Extractor
+from eval.metrics.extractors import Extractor
 from eval.prompts import Prompt
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from eval.errors import EvalError
 from eval.metrics import create
 from eval.metrics.base import Samples
-from eval.metrics.fid import Extractor, Reference, bias_curve, load_extractor
+from eval.metrics.extractors import Extractor, load_extractor
+from eval.metrics.fid import bias_curve
+from eval.metrics.references import Reference
 from eval.prompts import Prompt
 
 

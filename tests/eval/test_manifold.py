@@ -11,7 +11,7 @@ import torch
 from eval.errors import EvalError
 from eval.metrics import create
 from eval.metrics.base import Score
-from eval.metrics.fid import Extractor
+from eval.metrics.extractors import Extractor
 from eval.metrics.manifold import MOST, radii
 from tests.eval.test_fid import Fixed, MeanColour, as_samples
 
