@@ -34,6 +34,7 @@ from distill.parallel.shard import full, whole
 from distill.parallel.world import world
 from distill.provenance import provenance
 from distill.rewards import load_reward
+from distill.rewards.judges import check_judges
 from distill.roles import Networks, View, adapted, checkpoint_activations, merge, separate
 from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, to_uint8
@@ -63,6 +64,8 @@ class DistillationTask:
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
         self.reward = judge_for(self.family, load_reward(recipe.advantage.reward)) if recipe.advantage else None
         self.heldout = [judge_for(self.family, load_reward(folder)) for folder in recipe.heldout_rewards]
+        if recipe.advantage:
+            check_judges(recipe.advantage.reward, self.reward, recipe.heldout_rewards, self.heldout)
         roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
         self.hooks = hooks_of(recipe, roles, self.reward, tuple(judge.name for judge in self.heldout))
         self.adversary = next((hook for hook in self.hooks if isinstance(hook, Adversary)), None)
