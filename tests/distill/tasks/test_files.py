@@ -16,6 +16,7 @@ from distill.config import FileData, RecipeError, load_recipe
 from distill.data import cache
 from distill.families.base import Condition
 from distill.families.sdxl import Sdxl
+from distill.run import train
 from distill.tasks.common import to_float
 from distill.tasks.files import CachedText, FileSamples
 from distill.tasks.samples import samples_for
@@ -175,3 +176,24 @@ def test_recipes_name_files() -> None:
 def test_faults_of_data_are_told(overrides: list[str], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         distill_recipe(overrides)
+
+
+def test_a_distillation_learns_from_files(
+    tiny_sources: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, a GAN's pictures and cached text through the whole loop; a second run finds what the first computed."""
+    monkeypatch.setenv("LEAPFROG_RUNS", str(tmp_path / "runs"))
+    overrides = [
+        f"teacher={tiny_sources}", "iterations=2", "batch_size=2", "steps=[1]", "fake_per_student=1", "gan={}",
+        f"data={{prompts: {files}/prompts.txt, pictures: {files}/pictures, cache_text: true}}",
+        "precision=float32", "telemetry.every=null", "preview_every=2", "save_every=2",
+    ]  # fmt: skip
+    encode, single = Sdxl.encode_images, []
+    monkeypatch.setattr(Sdxl, "encode_images", lambda s, x: single.append(len(x) == 1) or encode(s, x))
+    for name, computed in (("first", True), ("second", False)):
+        single.clear()
+        recipe = distill_recipe([*overrides, f"name={name}", f"output={tmp_path / name}"])
+        assert train(recipe, quiet=True) == 0
+        assert any(single) is computed  # pictures of the cache go one by one, those of the preview together
+        assert (tmp_path / name / "bundle.json").is_file()
+    assert len(list((tmp_path / "cache").glob("*.rows"))) == 2
