@@ -1,0 +1,62 @@
+"""The arithmetic of traffic: rings, passes per micro-batch against those that are run, and what the table says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from distill.dryrun import Machine, plan
+from distill.parallel.traffic import Links, load, passes, table
+
+
+def test_a_ring_passes_all_but_its_own_part() -> None:
+    links = Links(nvlink=100.0, network=10.0, latency=1e-3, machine=4)
+    assert links.ring(8e9, 1) == 0.0
+    assert links.ring(8e9, 4) == pytest.approx(3e-3 + 6e9 / 100e9)
+    assert links.ring(8e9, 8) == pytest.approx(7e-3 + 4e9 / 40e9)  # half of it enters through four adapters
+    assert links.apart(8e9, 1) == 0.0
+    assert links.apart(8e9, 2) == pytest.approx(2e-3 + 8e9 / 10e9)
+
+
+@pytest.mark.parametrize("changes", [["steps=[4]", "fake_per_student=5"], ["steps=[1, 2, 4]", "fake_per_student=2"]])
+def test_passes_are_those_of_a_run(jobs: Any, models: Path, tmp_path: Path, changes: list[str]) -> None:
+    """Forward calls of every network and backward passes per micro-batch, over many iterations."""
+    made = jobs.trainer(str(models), str(tmp_path), ["fake_warmup=0", "accumulate=1", "batch_size=4", *changes])
+    seen = Counter[str]()
+
+    def count(network: nn.Module, inputs: Any, output: Any) -> None:
+        seen["forward"] += 1
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: seen.update(["backward"]))
+
+    for network in made.task.networks():
+        network.register_forward_hook(count)
+    rounds = 40
+    for made.iteration in range(rounds):
+        made._step()
+    gathers, reduces = passes(made.recipe)
+    assert seen["backward"] / rounds == pytest.approx(reduces, abs=0.01)
+    assert (seen["forward"] + seen["backward"]) / rounds == pytest.approx(gathers, rel=0.1)  # steps are drawn
+
+
+def test_the_table_says_what_does_not_fit_and_how_the_batch_grows(jobs: Any, models: Path, tmp_path: Path) -> None:
+    recipe = jobs.trainer(str(models), str(tmp_path), ["batch_size=64", "accumulate=16"]).recipe
+    roomy, tight = (list(table(recipe, [8, 64], Links(), Machine(gib=gib))) for gib in (80.0, 1e-4))
+    assert roomy[0].startswith("| GPUs | strategy | batch |") and len(roomy) == 2 + 2 * 3
+    cells = {tuple(part.strip() for part in row.split("|")[1:3]): row.split("|")[3:-1] for row in roomy[2:]}
+    assert all("too much" in row for row in tight[2:]) and not any("too much" in row for row in roomy)
+    assert int(cells["8", "fsdp"][0]) == 64 and int(cells["64", "fsdp"][0]) == 64 * 4
+
+
+def test_copies_on_each_machine_talk_less_than_one_copy_over_all(jobs: Any, models: Path, tmp_path: Path) -> None:
+    """Shards over more ranks take less memory and longer rings."""
+    recipe = jobs.trainer(str(models), str(tmp_path), []).recipe
+    counted = plan(recipe, Machine())
+    whole, shards, groups = (load(counted, 64, strategy, Links()) for strategy in ("ddp", "fsdp", "hsdp"))
+    assert groups.talking < shards.talking and groups.gathered == shards.gathered > whole.gathered == 0
+    assert shards.memory < groups.memory < whole.memory
+    assert whole.computing == shards.computing == groups.computing
