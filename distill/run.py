@@ -104,22 +104,30 @@ def train(recipe: Any, *, resume: bool = False, quiet: bool = False) -> int:
     module, _, name = TASKS[recipe.task].partition(":")
     try:
         trainer = Trainer(getattr(importlib.import_module(module), name)(recipe), folder, quiet=quiet)
+        leader = trainer.world.leader
         begun = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step-*"))
         if begun and not resume:
             raise TrainingError(f"{folder} holds checkpoints of an earlier run; add --resume, or delete the folder")
         if begun:
-            print(f"resuming {recipe.name} at iteration {trainer.resume()}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))
+            _say(f"resuming {recipe.name} at iteration {trainer.resume()}", leader)
+        if leader:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+            (folder / "provenance.json").write_text(json.dumps(provenance(recipe), indent=1))
         complete = trainer.run()
     except (TrainingError, RecipeError, BundleError, WeightsError) as error:
         print(error, file=sys.stderr)
         return 1
     if not complete:
         return 130
-    print(f"wrote {recipe.output} (logs, previews and checkpoints in {folder})")
+    _say(f"wrote {recipe.output} (logs, previews and checkpoints in {folder})", leader)
     return 0
+
+
+def _say(line: str, leader: bool) -> None:
+    """Several ranks say a thing once."""
+    if leader:
+        print(line)
 
 
 def _check_inputs(recipe: Any) -> None:

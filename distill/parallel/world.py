@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+DEVICE = torch.device("cpu")
+"""Where ranks compute and what their groups are for. Families and rewards place nothing yet; see docs/scaling.md."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -61,10 +64,6 @@ class World:
 def world() -> World:
     """The world that torchrun's environment describes, joined on first use; a world of one without it."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl")
-        else:
-            dist.init_process_group("gloo")
+        dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
