@@ -62,7 +62,7 @@ class ClipReward:
         path = Path(folder)
         clip = CLIPModel.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-        return cls(clip, tokenizer, path.name, digest=weights_digest(str(path)))
+        return cls(clip, tokenizer, path.name, digest=weights_digest(path))
 
     def to(self, device: str | torch.device) -> ClipReward:
         self.clip.to(device)
@@ -129,7 +129,8 @@ def load_tokenizer(source: str | Path, purpose: str, clip: Any) -> Any:
     with "!", which makes every "!" of a prompt a padding token. Where files are missing transformers makes a tokenizer
     of nearly no words, so its size is compared with the text tower's.
     """
-    folder, expected = find_folder(source, f"{purpose}'s tokenizer"), int(clip.config.text_config.vocab_size)
+    folder = find_folder(source, f"{purpose}'s tokenizer", weights=False)
+    expected = int(clip.config.text_config.vocab_size)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token=END)
         found = f"{len(tokenizer)} tokens for a text tower of {expected}"
@@ -137,8 +138,8 @@ def load_tokenizer(source: str | Path, purpose: str, clip: Any) -> Any:
         tokenizer, found = None, "no tokenizer"
     if tokenizer is None or len(tokenizer) != expected:
         raise WeightsError(
-            f"{purpose}: {folder!r} gives {found}; put tokenizer_config.json, vocab.json and merges.txt beside the "
-            f"weights, or run: hf download {TOKENIZER_SOURCE}"
+            f"{purpose}: {str(source)!r} gives {found}; put tokenizer_config.json, vocab.json and merges.txt beside "
+            f"the weights, or run: hf download {TOKENIZER_SOURCE}"
         )
     return tokenizer
 

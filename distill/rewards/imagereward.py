@@ -28,7 +28,7 @@ from distill.rewards.pixels import FillAndCrop
 from distill.rewards.weights import WeightsError, digest_of, fill, find_file, find_folder, read_tensors
 
 SOURCE, FILES = "zai-org/ImageReward", ("ImageReward.safetensors", "ImageReward.pt")
-TOKENIZER_SOURCE = "bert-base-uncased"
+TOKENIZER_SOURCE = "google-bert/bert-base-uncased"
 MAX_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's outputs on the authors' data."""
@@ -114,16 +114,16 @@ def load_imagereward(source: str | Path = SOURCE) -> ImageReward:
 def load_tokenizer(source: str | Path, text: Any) -> Any:
     """BERT's uncased tokenizer. BLIP's text encoder knows two tokens more, which never occur in a prompt."""
     expected = int(text.config.vocab_size) - 2
-    name = str(source) if str(source) == TOKENIZER_SOURCE else find_folder(source, "imagereward's tokenizer")
+    folder = find_folder(source, "imagereward's tokenizer", weights=False)
     try:
-        tokenizer = BertTokenizer.from_pretrained(name)
+        tokenizer = BertTokenizer.from_pretrained(folder)
         found = f"{len(tokenizer)} tokens for a text encoder of {expected}"
     except (OSError, ValueError):
         tokenizer, found = None, "no tokenizer"
     if tokenizer is None or len(tokenizer) != expected:
         raise WeightsError(
-            f"imagereward: {name!r} gives {found}; put vocab.txt of bert-base-uncased beside the weights, or run: "
-            f"hf download {TOKENIZER_SOURCE}"
+            f"imagereward: {str(source)!r} gives {found}; put vocab.txt of bert-base-uncased beside the weights, or "
+            f"run: hf download {TOKENIZER_SOURCE}"
         )
     return tokenizer
 

@@ -7,7 +7,6 @@ sha256 is logged, so that a run says which weights judged it.
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.bundle import sha256
+from distill.config import RecipeError
+from distill.hub import is_hub_id, snapshot
 
 log = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SMALL = ("*.json", "*.txt")
 
 
-class WeightsError(ValueError):
+class WeightsError(RecipeError):
     """Weights that are not there or not what they should be; the message names them and the way out."""
 
 
@@ -38,19 +39,26 @@ def find_file(source: str | Path, names: tuple[str, ...], purpose: str) -> Path:
     return _from_hub(str(source), names, purpose)
 
 
-def find_folder(source: str | Path, purpose: str) -> str:
-    """What ``from_pretrained`` takes: an existing folder or a hub id. Raises WeightsError for anything else."""
-    if Path(source).is_dir() or _is_hub_id(str(source)):
-        return str(source)
-    raise WeightsError(f"{purpose}: there is no folder {str(source)!r}; give one, or a hub id such as owner/name")
+def find_folder(source: str | Path, purpose: str, *, weights: bool = True) -> Path:
+    """The local folder of a transformers model: an existing one, or a hub id's in the hub's own cache.
 
-
-def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.fullmatch(source)) and not source.startswith(".")
+    weights: False fetches configs and words alone, as a tokenizer needs.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not is_hub_id(str(source)):
+        raise WeightsError(f"{purpose}: there is no folder {str(source)!r}; give one, or a hub id such as owner/name")
+    try:
+        folder = snapshot(str(source), purpose, (*_SMALL, "*.safetensors") if weights else _SMALL)
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = snapshot(str(source), purpose, (*_SMALL, "*.bin"))
+    except RecipeError as error:
+        raise WeightsError(str(error)) from None
+    return folder
 
 
 def _from_hub(source: str, names: tuple[str, ...], purpose: str) -> Path:
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         raise WeightsError(
             f"{purpose}: there is no file or folder {source!r}; give one, or a hub id such as owner/name"
         )
@@ -95,10 +103,10 @@ def digest_of(path: Path) -> str:
     return digest
 
 
-def weights_digest(folder: str) -> str:
-    """sha256 over the weights of a transformers folder; "" for a hub id, whose revision the hub's own cache keeps."""
-    files = sorted(p for p in Path(folder).glob("*") if p.suffix in (".safetensors", ".bin"))
-    return digest_of(files[0]) if len(files) == 1 else "+".join(digest_of(path) for path in files)
+def weights_digest(folder: Path) -> str:
+    """sha256 over the weights of a transformers folder, logged; of several files, joined by +."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return "+".join(digest_of(path) for path in files)
 
 
 def fill(model: torch.nn.Module, tensors: dict[str, Tensor], origin: Path, *, optional: tuple[str, ...] = ()) -> None:

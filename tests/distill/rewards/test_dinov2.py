@@ -60,7 +60,9 @@ def test_gradient_raises_the_probability(folder: Path, batches: dict[tuple[int, 
     assert bool((after > before).all())
 
 
-def test_unknown_labels_and_folders_are_refused(folder: Path, batches: dict[tuple[int, int], Tensor]) -> None:
+def test_unknown_labels_and_folders_are_refused(
+    folder: Path, batches: dict[tuple[int, int], Tensor], tmp_path: Path
+) -> None:
     reward = load_reward(f"dinov2:{folder}")
     with pytest.raises(ValueError, match="labels run from 7 to 7; use 0 to 6"):
         reward.score(batches[64, 64], [7])
@@ -68,5 +70,6 @@ def test_unknown_labels_and_folders_are_refused(folder: Path, batches: dict[tupl
         reward.score(batches[64, 64], [1, 2])
     with pytest.raises(WeightsError, match="dinov2: there is no folder '/nowhere'; give one, or a hub id"):
         load_reward("dinov2:/nowhere")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(WeightsError, match="does not load as a classifier"):
-        load_reward("dinov2:somebody/not-downloaded")
+        load_reward(f"dinov2:{tmp_path}")

@@ -174,5 +174,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_tokenizer_is_told(reference: OpenClip, tmp_path: Path) -> None:
     torch.save(reference.state_dict(), tmp_path / "HPS_v2_compressed.pt")
-    with pytest.raises(WeightsError, match=r"hpsv2: 'laion/CLIP-ViT-H-14.*put tokenizer_config"):
+    with pytest.raises(WeightsError, match=r"^hpsv2.*'laion/CLIP-ViT-H-14.*hf download laion/CLIP"):
+        load_reward(f"hpsv2:{tmp_path}")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(WeightsError, match=r"gives \d tokens for a text tower of \d+; put tokenizer_config\.json"):
         load_reward(f"hpsv2:{tmp_path}")
