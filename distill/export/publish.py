@@ -31,7 +31,8 @@ from distill.export.steps import scheduler_for, write_scheduler
 from distill.families.load import FAMILIES, local_folder
 
 Form = Literal["diffusers", "lora", "comfyui"]
-COMPONENT = {"sdxl": "unet", "sd15": "unet", "sit": "transformer", "wan": "transformer"}
+COMPONENT = {"sdxl": "unet", "sd15": "unet", "wan": "transformer"}
+"""The networks that diffusers' pipelines load a LoRA into."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
 _OURS = (MANIFEST, "onnx")
@@ -145,6 +146,8 @@ def _lora_writer(form: Form, rank: int, teacher: str | None, say: Say) -> Callab
         raise PublishError("--rank makes a LoRA; use it with --to lora or --to comfyui")
 
     def write(bundle: Bundle, folder: Path) -> dict[str, Any]:
+        if bundle.manifest.family not in COMPONENT:
+            raise PublishError(f"no pipeline loads a LoRA into {bundle.manifest.family}; use --to diffusers")
         source = teacher or bundle.manifest.provenance.get("recipe", {}).get("teacher")
         if not source:
             raise PublishError(f"{bundle.path} does not say what it was distilled from; add --teacher")

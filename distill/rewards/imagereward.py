@@ -5,7 +5,7 @@
 
 r = (head(h) − 0.16717)/1.03334, h the text encoder's state at its first token with attention across the picture.
 Prompts are cut at 35 tokens, as in the reference: long ones are judged by their beginning. Computed by transformers'
-BLIP modules; equal to the package (image-reward 1.5) to 1e-7 on pictures of its own size, to 1e-4
+BLIP modules; equal to the package (image-reward 1.5) to 3e-7 on pictures of its own size, to 1e-3
 on others, with weights drawn at random.
 """
 

@@ -13,10 +13,15 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_wan_transformer_to_diffusers,
 )
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from distill.bundle import Bundle
+from distill.bundle import Bundle, Manifest, Sampler, write_manifest
+from distill.data.tokenizer import build_tokenizer
 from distill.export.names import comfyui_module, unet_name, unet_state, vae_state, wan_name
 from distill.export.publish import PublishError, checkpoint, publish
+from distill.families.sd15 import Sd15
+from distill.sampling import student_table
 
 
 def sdxl_unet() -> Any:
@@ -125,3 +130,53 @@ def test_noise_prediction_is_not_marked(tiny_sources: Path) -> None:
 def test_families_that_comfyui_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="ComfyUI has no sit models; use --to diffusers"):
         publish("bundles/digits-sit", "comfyui", tmp_path / "out")
+
+
+def as_bundle(family: Any, network: Any, folder: Path, manifest: Manifest) -> Path:
+    """What a distillation writes of a family, without its training."""
+    family.save(network, folder)
+    prediction = {"wan": "flow"}.get(family.name, "epsilon")
+    tables = {4: student_table(family.schedule, prediction, family.schedule.grid(4))}
+    update = {
+        "name": folder.name, "family": family.name, "prediction": prediction, "default_steps": 4,
+        "samplers": {n: Sampler.of(table) for n, table in tables.items()},
+    }  # fmt: skip
+    write_manifest(folder, manifest.model_copy(update=update))
+    return folder
+
+
+def test_sd15_is_one_checkpoint_in_the_first_stable_diffusions_names(tmp_path: Path, manifest: Manifest) -> None:
+    """The names of v1-5-pruned.safetensors, as far as a narrow network has them."""
+    build_tokenizer(tmp_path / "words", 77)
+    family, network = tiny_sd15(CLIPTokenizer.from_pretrained(tmp_path / "words"))
+    publish(as_bundle(family, network, tmp_path / "sd", manifest), "comfyui", tmp_path / "out", say=lambda line: None)
+    state = load_file(tmp_path / "out/checkpoints/sd.safetensors")
+    for name in (
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "first_stage_model.decoder.up.0.block.0.conv1.weight",
+        "first_stage_model.quant_conv.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    ):
+        assert name in state
+    own = network.state_dict()
+    back = convert_ldm_unet_checkpoint(dict(state), dict(network.config))
+    assert back.keys() == own.keys() and all(torch.equal(back[name], own[name].half()) for name in own)
+
+
+def tiny_sd15(tokenizer: Any) -> tuple[Any, Any]:
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        sample_size=32, block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    unet: Any = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    return Sd15(vae, CLIPTextModel(text), tokenizer), unet

@@ -80,6 +80,8 @@ def test_nothing_is_left_of_a_publication_that_fails(tiny_sources: Path, tmp_pat
         publish(tiny_sources, "lora", tmp_path / "out", say=silent)
     with pytest.raises(PublishError, match="--rank makes a LoRA; use it with --to lora or --to comfyui"):
         publish(tiny_sources, "diffusers", tmp_path / "out", rank=4, say=silent)
+    with pytest.raises(PublishError, match="no pipeline loads a LoRA into sit; use --to diffusers"):
+        publish("bundles/digits-sit", "lora", tmp_path / "out", say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
