@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ class _Fused(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         return _FusedAttention.apply(named["query"], named["key"], named["value"], self.tally)
+
+
+class _Counter(TorchDispatchMode):
+    """Operations of matrix products and convolutions inside, by torch's formulas (FlopCounterMode without its tree)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
 
 
 class _Kept:
@@ -114,20 +129,20 @@ def pass_cost(
 ) -> Cost:
     """The cost of network(**inputs), all on the meta device. train: with the backward pass of all parameters."""
     fused, kept = _Fused(), _Kept(network)
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     with torch.device("meta"), torch.set_grad_enabled(train), fused, counter, _watched(kept, network, blocks):
         output = network(**inputs)
-    computed = counter.get_total_flops() + fused.tally["forward"]
+    computed = counter.total + fused.tally["forward"]
     if not train:
-        return Cost(float(computed))
+        return Cost(computed)
     output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    with fused, FlopCounterMode(display=False) as backward:
+    with fused, _Counter() as backward:
         output.backward(torch.empty_like(output))
     for parameter in network.parameters():
         parameter.grad = None
     return Cost(
-        float(computed),
-        float(backward.get_total_flops() + fused.tally["backward"]),
+        computed,
+        backward.total + fused.tally["backward"],
         kept.total,
         kept.outside + kept.inputs + kept.largest if blocks else kept.total,
     )

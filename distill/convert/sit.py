@@ -90,10 +90,10 @@ def transformer_of(weights: dict[str, Tensor], heads: int | None = None) -> Any:
         norm_eps=1e-6,
     )
     _check_positions(weights["pos_embed"], network.pos_embed.pos_embed)
-    state = dict(_renamed(weights, depth, channels, patch))
-    missing, unknown = network.load_state_dict(state, strict=False)
-    if unknown or [name for name in missing if name != "pos_embed.pos_embed"]:
-        raise ValueError(f"the checkpoint leaves {missing[:3]} empty and brings {unknown[:3]}; it is no plain SiT")
+    try:
+        network.load_state_dict(dict(_renamed(weights, depth, channels, patch)))
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint does not fit a plain SiT: {error}; convert one of willisma/SiT") from None
     return network.eval()
 
 
@@ -138,7 +138,7 @@ def last_layer(weight: Tensor, channels: int, patch: int) -> Tensor:
 
 def time_layer(weight: Tensor) -> Tensor:
     """(D, 256) on SiT's embedding of 1 − t to (D, 256) on diffusers' embedding of 1000·t."""
-    return (weight.double() @ torch.from_numpy(time_map()).T).float()
+    return (weight.double() @ torch.from_numpy(time_map())).float()
 
 
 def time_map(highest: float = 10.0) -> NDArray[np.float64]:

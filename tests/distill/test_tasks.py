@@ -73,7 +73,8 @@ def lines(made: Path, name: str) -> list[dict[str, Any]]:
 
 
 def test_no_recipe_is_left_out() -> None:
-    assert CUTS.keys() == {path.stem for path in RECIPES.glob("*.yaml")}
+    """Production recipes, all others, are rehearsed in test_shrink.py."""
+    assert CUTS.keys() == {path.stem for path in RECIPES.glob("*.yaml") if path.stem.startswith(("scenes-", "digits-"))}
 
 
 @pytest.mark.parametrize("name", CUTS)

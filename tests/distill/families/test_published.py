@@ -1,0 +1,49 @@
+"""Published teachers as configs: the numbers of parameters that they lead to are the published ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.costs import count
+from distill.families.load import FAMILIES
+from distill.families.published import PUBLISHED, USUAL, configs_of
+
+COUNTS = {
+    "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 83_653_863, 123_060_480),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1_418_996_800, 126_892_531, 5_680_910_336),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14_288_491_584, 126_892_531, 5_680_910_336),
+}
+"""Network, autoencoder and text encoders: from the published files' sizes."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_the_published_sizes(name: str) -> None:
+    family, configs = configs_of(name)
+    with torch.device("meta"):
+        made, network = FAMILIES[family].from_config(configs)
+    assert (count(network), *(count(part) for part in made.parts.values())) == COUNTS[name]
+    assert all(p.is_meta for p in network.parameters())
+
+
+def test_sits_blocks_each_hold_the_embeddings() -> None:
+    with torch.device("meta"):
+        family, network = FAMILIES["sit"].from_config(USUAL["sit"])
+    shared = sum(p.numel() for name, p in network.named_parameters() if "transformer_blocks.0.norm1.emb" in name)
+    # SiT-XL/2 has 675 M parameters: one copy of the embeddings, 256 frozen positions, and a variance in its last layer.
+    assert count(network) - 27 * shared + 256 * 1152 + 4 * 4 * (1152 + 1) == 675_129_632
+    assert (family.classes, family.latent_shape(), family.schedule.shift) == (1000, (4, 32, 32), 1.0)
+
+
+def test_a_folder_here_goes_before_what_is_published(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"num_layers": 3}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    assert configs_of(str(tmp_path)) == ("wan", {"transformer": {"num_layers": 3}})
+    assert configs_of("models/nowhere", "sit") == ("sit", USUAL["sit"])
+    with pytest.raises(ValueError, match=r"'models/nowhere' is no folder here and none of .* name its family"):
+        configs_of("models/nowhere")
