@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from distill.config import RecipeError, load_recipe
+from distill.config import FileData, RecipeError, load_recipe
+from distill.data.prompts import check_files
 from distill.hub import is_hub_id
 from distill.provenance import provenance
 from distill.reward_names import KINDS, parse_reward
@@ -147,6 +148,9 @@ def _check_inputs(recipe: Any) -> None:
                 f"{key}: there is no folder {source!r}; train it first (recipes/ has one recipe per folder), or name "
                 f"a published reward: {', '.join(KINDS)}"
             )
+    data = getattr(recipe, "data", None)
+    if isinstance(data, FileData):
+        check_files(data)
 
 
 def _inputs(recipe: Any) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from distill.data.errors import DataError
 from distill.data.folders import FolderPictures
 from distill.data.parquet import ParquetPictures
-from distill.data.prompts import files_of
+from distill.data.prompts import PICTURE_FILES, files_of
 from distill.data.webdataset import TarPictures
 
 
@@ -45,7 +45,7 @@ def open_pictures(source: str, caption: str = "caption") -> Pictures:
     """
     if Path(source).is_dir():
         return FolderPictures(Path(source), caption)
-    files = files_of(source, (".tar", ".parquet"))
+    files = files_of(source, PICTURE_FILES)
     kinds = {file.suffix for file in files}
     if len(kinds) > 1:
         raise DataError(f"{source} matches tars and Parquet files alike; narrow the pattern")

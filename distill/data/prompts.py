@@ -12,8 +12,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from distill.config import FileData
 from distill.data.errors import DataError
 from distill.data.parquet import read_column
+
+PICTURE_FILES = (".tar", ".parquet")
 
 
 def files_of(pattern: str, endings: tuple[str, ...]) -> list[Path]:
@@ -39,6 +42,16 @@ def read_prompts(pattern: str, key: str = "prompt") -> list[str]:
     if not prompts:
         raise DataError(f"{pattern} holds no prompts; give at least one that is not empty")
     return prompts
+
+
+def check_files(data: FileData) -> None:
+    """Raises DataError where a recipe's files are not there, before anything heavy is loaded; reads none of them."""
+    for key, value, endings in (("prompts", data.prompts, tuple(_READERS)), ("pictures", data.pictures, PICTURE_FILES)):
+        if value and not (key == "pictures" and Path(value).is_dir()):
+            try:
+                files_of(value, endings)
+            except DataError as error:
+                raise DataError(f"data.{key}: {error}") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

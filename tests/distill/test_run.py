@@ -76,6 +76,7 @@ def test_overrides_stand_before_and_after_flags(arguments: list[str], capsys: py
         ([AMD, "teacher=nowhere"], "teacher: there is no folder 'nowhere'; train it first"),
         ([AMD, "teacher=.", "advantage.reward=nowhere"], "advantage.reward: there is no folder 'nowhere'"),
         ([AMD, "teacher=.", "advantage.reward=.", "heldout_rewards=[nowhere]"], "heldout_rewards: there is no folder"),
+        ([AMD, "teacher=.", "data={prompts: none.txt}"], "data.prompts: there is no file 'none.txt'"),
         ([str(ROOT / "recipes/scenes-reward.yaml"), "clip=nowhere"], "clip: there is no folder 'nowhere'"),
         ([str(ROOT / "recipes/scenes-teacher.yaml"), "model.vae=nowhere"], "model.vae: there is no folder 'nowhere'"),
     ],

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.config import FileData
 from distill.data.errors import DataError
-from distill.data.prompts import read_prompts
+from distill.data.prompts import check_files, read_prompts
 
 HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 
@@ -60,6 +61,16 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
     for pattern in ("none.txt", "*.txt"):
         with pytest.raises(DataError, match=r"there is no file .*; give one, or a pattern"):
             read_prompts(str(tmp_path / pattern))
+
+
+def test_missing_files_are_told_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")  # not read, so not found to be no text
+    (tmp_path / "pictures").mkdir()
+    check_files(FileData(prompts=str(tmp_path / "a.txt"), pictures=str(tmp_path / "pictures")))
+    with pytest.raises(DataError, match=r"^data\.prompts: there is no file .*b\.txt"):
+        check_files(FileData(prompts=str(tmp_path / "b.txt")))
+    with pytest.raises(DataError, match=r"^data\.pictures: there is no file .*tar"):
+        check_files(FileData(pictures=str(tmp_path / "*.tar")))
 
 
 @pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is installed")
