@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.config import FileData
+from distill.config import FileData, RecipeError
 from distill.data.pictures import cut, decode, open_pictures
 from distill.data.prompts import read_prompts
 from distill.data.rows import RowCache, content_digest
@@ -74,11 +74,17 @@ class LatentCache:
 
     def __init__(self, family: Any, pictures: Any) -> None:
         self.family, self.pictures = family, pictures
+        shape = tuple(family.latent_shape())
+        if len(shape) == 4 and shape[1] != 1:
+            raise RecipeError(
+                f"data.pictures holds stills and this student makes videos (latents {shape}); drop what learns from "
+                "pictures, or set frames: 1"
+            )
         size = tuple(int(side) for side in family.size)
         self.size = (size[0], size[1])
         maker = modules_digest({k: v for k, v in family.parts.items() if k == "vae"}).hex()[:16]
         name = f"latents-{family.name}-{self.size[0]}x{self.size[1]}-{maker}"
-        self.cache = RowCache(name, len(pictures), {"latents": (tuple(family.latent_shape()), "float16")})
+        self.cache = RowCache(name, len(pictures), {"latents": (shape, "float16")})
 
     def rows(self, index: NDArray[np.int64]) -> Tensor:
         """(len(index), C, h, w) float32, on the CPU."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,12 @@ def test_text_states_of_other_weights_are_not_taken(files: Path, family: Any) ->
 
 def equal(one: Condition, other: Condition, tolerance: float = 0.0) -> bool:
     return all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+
+
+def test_videos_do_not_learn_from_stills(files: Path) -> None:
+    wan = SimpleNamespace(latent_shape=lambda: (16, 3, 8, 8))
+    with pytest.raises(RecipeError, match=r"holds stills and this student makes videos \(latents \(16, 3, 8, 8\)\)"):
+        FileSamples(FileData(pictures=str(files / "pictures")), 0, wan).batch(0, 0, 1)
 
 
 # --- recipes -------------------------------------------------------------------------------------------------------
