@@ -32,7 +32,7 @@ from tqdm import tqdm
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
 from distill.parallel.mean import Average
-from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard
+from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard, sum_groups
 from distill.parallel.world import world
 from distill.telemetry.sink import Sink, Total, Value
 
@@ -234,6 +234,7 @@ class Trainer:
                 group["lr"] = rate
             role = self.task.roles[phase.role]
             for micro in self.micros:
+                sum_groups(self._networks, last=micro == self.micros[-1])
                 loss, values = phase.loss(micro)
                 (loss / len(self.micros)).backward()
                 for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
@@ -320,6 +321,8 @@ class Trainer:
 
         Raises TrainingError if there is none, or if it does not fit.
         """
+        if not checkpoint.saved(self.folder):
+            raise TrainingError(f"{self.folder} has no checkpoint to resume; start without --resume")
         try:
             newest, facts = checkpoint.newest(self.folder, self.world)
         except checkpoint.CheckpointError as error:

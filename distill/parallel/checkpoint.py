@@ -89,7 +89,7 @@ def newest(folder: Path, world: World) -> tuple[Path, dict[str, Any]]:
         fault = fault or f"{found[0]}; delete {checkpoint} to resume from an older one"
         log.warning("%s; going on with the one before it", found[0])
     if not candidates:
-        raise CheckpointError(f"{folder} has no checkpoint to resume; start without --resume")
+        raise CheckpointError(f"{folder} has no checkpoint; give the folder of a run that has")
     raise CheckpointError(fault)
 
 

@@ -78,6 +78,13 @@ def _keep_root(network: nn.Module, inputs: Any) -> None:
     network.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
 
 
+def sum_groups(networks: Iterable[nn.Module], *, last: bool) -> None:
+    """Whether the next backward pass sums gradients over groups of ranks, which once per step is enough (HSDP)."""
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            network.set_requires_all_reduce(last)
+
+
 def let_go(networks: Iterable[nn.Module]) -> None:
     """Bring networks back into shards after passes whose gradients stopped short of them."""
     for network in networks:

@@ -8,8 +8,8 @@ pass (2 bytes per parameter under bfloat16), and its gradients are scattered in 
     t = (n − 1)·latency + (n − 1)/n·bytes / NVLink        on one machine, and besides, through all its adapters at once,
     t = (n − m)/n·bytes / (m·network)                     into a machine of m GPUs.
 
-Whole copies sum their gradients once per step: 2·(n − 1)/n·4P bytes. Bandwidths and latency are assumptions that can be
-changed; nothing here was measured. Memory and operations are those of ``distill.run --dry-run``.
+Copies sum their gradients, or their shards of them, once per step: 2·(n − 1)/n·4P bytes. Bandwidths and latency are
+assumptions that can be changed; nothing here was measured. Memory and operations are those of a dry run.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def load(counted: Plan, gpus: int, strategy: str, links: Links) -> Load:
     if sharded:
         seconds += micros * gathers * blocks * links.ring(width * network / blocks, ranks)
         seconds += micros * reduces * blocks * links.ring(4 * trained / blocks, ranks)
-        seconds += micros * reduces * links.apart(4 * trained / ranks, replicas)
+        seconds += reduces * links.apart(4 * trained / ranks, replicas)
     else:
         reduced = reduces * 4 * trained
         seconds += reduces * 2 * links.ring(4 * trained, gpus)

@@ -256,6 +256,67 @@ def test_a_checkpoint_of_the_first_releases_is_resumed(tmp_path: Path) -> None:
         trainer(tmp_path).resume()
 
 
+# --- initialise_from -----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_starts_from_anothers_weights_and_from_nothing_else_of_it(tmp_path: Path) -> None:
+    trainer(tmp_path / "one").run()
+    first = state(tmp_path / "one/run", 6)
+    second = trainer(tmp_path / "two", name="stage-two", iterations=1, initialise_from=str(tmp_path / "one/run"))
+    steps = second.task.phases
+
+    def looking(iteration: int) -> list[Phase]:
+        for role, module in second.task.roles.items():
+            for name, tensor in module.state_dict().items():
+                assert torch.equal(tensor, first[f"{role}/model/{name}"])
+                assert torch.equal(second.ema[role].named[name], tensor)
+            assert not second.optimizers[role].state_dict()["state"]
+        assert iteration == 0
+        return steps(iteration)
+
+    second.task.phases = looking
+    assert second.run()
+    assert state(tmp_path / "two/run", 1)["a/optimizer/0/step"] == 1
+
+
+def test_what_a_stage_has_beside_starts_as_it_was_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    t = trainer(tmp_path / "one")
+    t.task.roles = {"a": t.task.roles["a"]}
+    t.task.phases = lambda iteration: [Phase("a", lambda micro: t.task._loss("a", iteration, micro))]
+    t.run()
+    second = trainer(tmp_path / "two", seed=3, initialise_from=str(tmp_path / "one/run"))
+    made = second.task.roles["b"][0].weight.clone()
+    with caplog.at_level("INFO"):
+        second._initialise(tmp_path / "one/run")
+    assert "has no b, which starts as it was made" in caplog.text
+    assert torch.equal(second.task.roles["b"][0].weight, made)
+    assert torch.equal(second.task.roles["a"][0].weight, state(tmp_path / "one/run", 6)["a/model/0.weight"])
+
+
+def test_a_resumed_stage_goes_on_with_its_own_weights(tmp_path: Path) -> None:
+    trainer(tmp_path / "one").run()
+    source = str(tmp_path / "one/run")
+    whole = trainer(tmp_path / "whole", initialise_from=source)
+    whole.run()
+    stopped = trainer(tmp_path / "parts", initialise_from=source)
+    interrupt_after(stopped, 3)
+    stopped.run()
+    resumed = trainer(tmp_path / "parts", initialise_from=source)
+    resumed.resume()
+    resumed.run()
+    assert_equal(state(tmp_path / "whole/run", 6), state(tmp_path / "parts/run", 6))
+
+
+def test_a_source_without_checkpoints_or_with_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"toy: initialise_from .*nowhere: .* has no checkpoint"):
+        trainer(tmp_path, initialise_from=str(tmp_path / "nowhere")).run()
+    trainer(tmp_path / "one").run()
+    t = trainer(tmp_path / "two", initialise_from=str(tmp_path / "one/run"))
+    t.task.roles["a"][0] = nn.Linear(3, 2)
+    with pytest.raises(TrainingError, match=r"a/model/0.weight has shape \(2, 2\) there and \(2, 3\) here"):
+        t.run()
+
+
 # --- the digits distillation itself ---------------------------------------------------------------------------------
 
 SMALL = ["batch_size=8", "log_every=1", "preview_every=100", "save_every=100"]

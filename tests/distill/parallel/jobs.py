@@ -23,7 +23,7 @@ def trainer(models: str, folder: str, overrides: list[str]) -> Trainer:
     small = [
         f"teacher={models}/digits-teacher", f"advantage.reward={models}/digits-reward", f"output={folder}/out",
         "iterations=3", "batch_size=16", "accumulate=4", "fake_warmup=1", "fake_per_student=2", "steps=[2]",
-        "log_every=1", "preview_every=100", "save_every=100", "telemetry.prompts=2", "telemetry.every=2",
+        "log_every=1", "preview_every=100", "save_every=100", "telemetry.every=null", "telemetry.prompts=2",
         "telemetry.teacher_steps=2",
     ]  # fmt: skip
     recipe = load_recipe(ROOT / "recipes/digits-amd.yaml", small + overrides)

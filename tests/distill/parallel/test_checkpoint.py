@@ -14,7 +14,6 @@ from distill.parallel import checkpoint
 from distill.parallel.world import World
 
 OBJECTIVES = {
-    "dmd2": ["advantage=null", "adaptation=null", "sharpening=null"],
     "amd": ["safeguards={ramp: 3, diversity: {tolerate: 0.9, refuse: 0.5}}", "advantage.shrinkage=0.5"],
     "gan": ["gan={}", "divergence={}", "step_aware_fake=true"],
     "adapters": ["adapters={rank: 4, alpha: 8}"],
@@ -32,7 +31,7 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_kill_and_resume_is_uninterrupted_bit_for_bit(
     ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str
 ) -> None:
-    overrides = [*OBJECTIVES[objective], "batch_size=8", "accumulate=1", "telemetry.every=null", "iterations=4"]
+    overrides = [*OBJECTIVES[objective], "batch_size=8", "accumulate=1", "iterations=4"]
     whole = jobs.distil(str(models), str(tmp_path / "whole"), overrides)
     with pytest.raises(AssertionError, match="ended"):
         ranks(1, jobs.killed, str(models), str(tmp_path / "parts"), overrides, "step")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.parallel.shard import materialise, skeleton, whole
 
+PROBED = ["telemetry.every=2"]
 LAYOUTS = {
     "ddp": ["parallel.strategy=ddp"],
     "fsdp": ["parallel.strategy=fsdp"],
@@ -26,7 +27,6 @@ OBJECTIVES = {
         "gan={r1: 0.1, r1_form: finite}", "divergence={}", "shared_teacher={}", "implicit_alignment={}",
         "step_aware_fake=true", "activation_checkpointing=true", "first_step_anchor={}",
     ],
-    "mixed": ["adapters={rank: 4, alpha: 8, roles: [fake]}", "reuse_rollout=false", "consistency={}"],
 }  # fmt: skip
 
 
@@ -48,16 +48,18 @@ def assert_streams_equal(a: list[dict[str, float]], b: list[dict[str, float]], r
 @pytest.fixture(scope="module")
 def alone(jobs: Any, models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("alone")
-    return folder, jobs.distil(str(models), str(folder), [])
+    return folder, jobs.distil(str(models), str(folder), PROBED)
 
 
-@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("layout", "size"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("hsdp", 4)]
+)
 def test_any_number_of_ranks_trains_what_one_trains(
     ranks: Any, jobs: Any, models: Path, alone: tuple[Path, dict[str, Tensor]], tmp_path: Path, layout: str, size: int
 ) -> None:
     """Loss stream, probes, every tensor of the state on every rank, and the bundle."""
     folder, state = alone
-    told = ranks(size, jobs.distil, str(models), str(tmp_path), LAYOUTS[layout])
+    told = ranks(size, jobs.distil, str(models), str(tmp_path), [*PROBED, *LAYOUTS[layout]])
     for each in told:
         assert_states_equal(each, state)
     assert_streams_equal(jobs.stream(tmp_path), jobs.stream(folder))
@@ -78,9 +80,17 @@ def test_two_ranks_in_shards_train_what_one_trains_with_every_kind_of_hook(
     assert_streams_equal(jobs.stream(tmp_path / "two"), jobs.stream(tmp_path / "one"))
 
 
+def test_groups_of_ranks_sum_their_gradients_once_per_step(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
+    """Two micro-batches per rank, in shards within groups that are copies."""
+    more = ["accumulate=8", "batch_size=32", "iterations=1", "fake_warmup=0"]
+    state = jobs.distil(str(models), str(tmp_path / "one"), more)
+    for each in ranks(4, jobs.distil, str(models), str(tmp_path / "four"), [*more, *LAYOUTS["hsdp"]]):
+        assert_states_equal(each, state)
+
+
 def test_bfloat16_is_gathered_and_float32_is_kept(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
     """Masters, averages and moments; losses stay within 5 % of float32 in shards, which round norms as well."""
-    half = ["precision=bfloat16", "telemetry.every=null"]
+    half = ["precision=bfloat16"]
     state = jobs.distil(str(models), str(tmp_path / "one"), half)
     (told, _) = ranks(2, jobs.distil, str(models), str(tmp_path / "two"), [*half, "parallel.strategy=fsdp"])
     assert all(tensor.dtype == state[name].dtype == torch.float32 for name, tensor in told.items())

@@ -35,7 +35,7 @@ def test_passes_are_those_of_a_run(jobs: Any, models: Path, tmp_path: Path, chan
 
     for network in made.task.networks():
         network.register_forward_hook(count)
-    rounds = 40
+    rounds = 20
     for made.iteration in range(rounds):
         made._step()
     gathers, reduces = passes(made.recipe)
