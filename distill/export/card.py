@@ -130,10 +130,16 @@ def _cost(cost: Cost | None) -> str:
         return "Not recorded: the run's log is not at hand."
     roles = ", ".join(f"{role} {count:,.0f}" for role, count in sorted(cost.forwards.items()) if count)
     return (
-        f"{cost.iterations:,} iterations in {cost.seconds / 3600:.2f} hours on the clock and "
-        f"{cost.cpu_seconds / 3600:.2f} CPU-hours of one process"
-        + (f"; samples that went forward: {roles}." if roles else ".")
+        f"{cost.iterations:,} iterations in {_duration(cost.seconds)} on the clock, {_duration(cost.cpu_seconds)} of "
+        "processor time in the first process" + (f"; samples that went forward: {roles}." if roles else ".")
     )
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next(
+        (size, unit) for size, unit in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if seconds >= size
+    )
+    return f"{seconds / (size or 1):.3g} {unit}"
 
 
 def _judges(recipe: dict[str, Any]) -> str:

@@ -42,13 +42,15 @@ def test_front_matter_is_what_the_hub_reads(manifest: Manifest) -> None:
 
 def test_card_holds_steps_recipe_scores_cost_and_origin(manifest: Manifest) -> None:
     scored = tiny(manifest, scores={"parti": {"4": {"hpsv2.1": SCORE}}})
-    cost = Cost(2000, 7200.0, 3600.0, {"student": 64_000.0, "teacher": 0.0})
+    cost = Cost(2000, 7200.0, 3000.0, {"student": 64_000.0, "teacher": 0.0})
     text = card(scored, "pipe(1)", cost, {"rank": 8, "captured": 0.98765})
     assert "```python\npipe(1)\n```" in text
     assert "| 4 (default) | 999, 749, 499, 249 |" in text and "in 1, 2, 4 or 8 steps" in text
     assert "AMD's score adaptation and a GAN on the fake score" in text
     assert "| parti | 4 | hpsv2.1 (trained on) ↑ | 31.25 | 30.5 to 32 | 400 |" in text
-    assert "2,000 iterations in 2.00 hours on the clock and 1.00 CPU-hours" in text and "student 64,000." in text
+    assert (
+        "2,000 iterations in 2 hours on the clock, 50 minutes of processor time" in text and "student 64,000." in text
+    )
     assert "- rank: 8\n- captured: 0.9877" in text
     assert "- code: abc123 with uncommitted changes" in text and "- packages: torch 2" in text
     recipe = text.split("```yaml\n")[1].split("```")[0]

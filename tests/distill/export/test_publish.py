@@ -12,8 +12,10 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from distill.bundle import Bundle, BundleError, Sampler, write_manifest
+from distill.config import load_recipe
 from distill.export.__main__ import main
 from distill.export.publish import PublishError, publish
+from distill.run import train
 from distill.sampling import ScaledLinear, student_table
 
 
@@ -83,6 +85,27 @@ def test_nothing_is_left_of_a_publication_that_fails(tiny_sources: Path, tmp_pat
     with pytest.raises(PublishError, match="no pipeline loads a LoRA into sit; use --to diffusers"):
         publish("bundles/digits-sit", "lora", tmp_path / "out", say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_student_trained_as_a_lora_is_published_as_that_lora(
+    tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the recipe to the file, with the run's cost on its card."""
+    monkeypatch.setenv("LEAPFROG_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("distill.data.cache.CACHE", tmp_path / "cache")
+    (tmp_path / "prompts.txt").write_text("a red cube\na blue sphere\n")
+    overrides = [
+        f"teacher={tiny_sources}", "name=tiny-lora", f"output={tmp_path / 'tiny-lora'}", "iterations=2", "batch_size=2",
+        f"data={{prompts: {tmp_path / 'prompts.txt'}}}", "steps=[1]", "fake_per_student=1", "fake_warmup=0", "ema=0",
+        "adapters={rank: 2, alpha: 2}", "student.learning_rate=0.05", "telemetry.every=null", "log_every=1",
+    ]  # fmt: skip
+    assert train(load_recipe("recipes/digits-dmd2.yaml", overrides), quiet=True) == 0
+    told: list[str] = []
+    publish(tmp_path / "tiny-lora", "lora", tmp_path / "out", rank=2, run=tmp_path / "runs/tiny-lora", say=told.append)
+    share = float(told[0].split("holds ")[1].split("%")[0])
+    assert share > 99
+    card = (tmp_path / "out/README.md").read_text()
+    assert "2 iterations in " in card and "samples that went forward: fake " in card
 
 
 def test_a_folder_with_files_is_not_overwritten(tiny_sources: Path, tmp_path: Path) -> None:
