@@ -32,16 +32,22 @@ class Prediction:
 
 
 class Family(Protocol):
-    """One architecture family: ``sdxl``, ``sit``, …"""
+    """One architecture family: ``sdxl``, ``sd15``, ``sit``, ``wan``. Videos have a frame axis: (B, C, F, h, w)."""
 
     name: str
     prediction: str
     schedule: Schedule
+    size: tuple[int, int]
+    """(width, height) in pixels of what is trained."""
 
     def predict(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
     ) -> Prediction:
         """x_t: (B, C, h, w) float32, t: (B,) in the model's own units."""
+        ...
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What a network's forward takes, by name; ``predict`` and the dry run both call it so."""
         ...
 
     def new_network(self) -> nn.Module:
@@ -54,12 +60,16 @@ class Family(Protocol):
         """The input without a condition, as this family was trained for classifier-free guidance."""
         ...
 
+    def blank(self, n: int) -> Condition:
+        """A condition's shapes, without meaning."""
+        ...
+
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
-        """(C, h, w) of the latents of a picture of ``size`` = (width, height) pixels; None: the training size."""
+        """(C, h, w), or (C, F, h, w), of the latents of ``size`` = (width, height) pixels; None: the training size."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents in model scale to pictures (B, 3, H, W) float32 in [−1, 1]."""
+        """Latents in model scale to pictures (B, 3, H, W), or videos (B, 3, F, H, W), float32 in [−1, 1]."""
         ...
 
     def wrap_plan(self) -> tuple[type[nn.Module], ...]:

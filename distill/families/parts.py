@@ -45,9 +45,10 @@ class Remembered:
         self._rows: Condition | None = None
 
     def rows(self, family: Any, prompt: str, n: int) -> Condition:
-        """n rows of the prompt's condition."""
+        """n rows of the prompt's condition, the same whether or not the first call comes from within autocast."""
         if self._rows is None:
-            self._rows = family.encode([prompt])
+            with torch.autocast(family.device.type, enabled=False):
+                self._rows = family.encode([prompt])
         self._rows = {name: value.to(family.device) for name, value in self._rows.items()}
         return {name: value.expand(n, *value.shape[1:]) for name, value in self._rows.items()}
 

@@ -37,6 +37,15 @@ def test_every_production_recipe_is_counted_without_its_weights(name: str, capsy
         assert any(words in line for line in comments), words
 
 
+@pytest.mark.parametrize("name", [p.stem for p in sorted(RECIPES.glob("*.yaml")) if p.stem not in PRODUCTION])
+def test_every_other_recipe_dry_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / f"{name}.yaml"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert parse_recipe(yaml.safe_load(printed)) == recipe
+    assert ("GPU-hours" in printed) == (recipe.task == "distill")
+
+
 def test_a_toy_with_its_teacher_here_is_counted_too() -> None:
     found = counted("digits-amd", "teacher=models/none", "family=sit")
     assert found.latents == (4, 32, 32)

@@ -165,6 +165,32 @@ def test_perfect_network_carries_the_ode_to_its_clean_picture(rng: np.random.Gen
         np.testing.assert_allclose(x, x0, atol=1e-4)
 
 
+def test_a_grid_of_ones_own_replaces_that_number_of_steps_alone() -> None:
+    schedule = ScaledLinear(grids={1: (399.0,)})
+    assert schedule.grid(1).tolist() == [399.0] and schedule.grid(2).tolist() == [999.0, 499.0]
+    assert (schedule.t_first, ScaledLinear().t_first) == (399.0, 999.0)
+    table = student_table(schedule, "epsilon", schedule.grid(1))
+    p, q, u, _, w = table.rows[0].tolist()
+    # At t = 399 with √ᾱ = 0.65275 and √(1 − ᾱ) = 0.75757, from pure noise, straight to the clean picture.
+    assert (p, q, u, w) == pytest.approx((1 / 0.65275, -0.75757 / 0.65275, 1, 0), abs=1e-4)
+    flow = Flow(5.0, grids={2: (1.0, 0.5)})
+    assert flow.grid(2).tolist() == [1.0, 0.5] and flow.t_first == 1.0
+    assert hash(flow) == hash(Flow(5.0)) and flow != Flow(5.0)
+
+
+def test_a_shift_warps_times_and_back() -> None:
+    flow, u = Flow(5.0), np.linspace(0, 1, 11)
+    assert flow.warp(np.array([0.0, 0.25, 0.5, 0.75, 1.0])).tolist() == pytest.approx([0, 0.625, 5 / 6, 0.9375, 1])
+    np.testing.assert_allclose(flow.unwarp(flow.warp(u)), u, atol=1e-12)
+    assert Flow().warp(u).tolist() == u.tolist() == Flow().unwarp(u).tolist()
+
+
+def test_a_linear_schedule_is_ddpms() -> None:
+    betas = np.linspace(1e-4, 0.02, 1000)
+    schedule = ScaledLinear(1e-4, 0.02, linear=True)
+    np.testing.assert_allclose(schedule.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-12)
+
+
 def test_unknown_prediction_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'noise'; use one of epsilon, v, flow"):
         x0_coefficients("noise", np.ones(1), np.ones(1))

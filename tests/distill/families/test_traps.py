@@ -59,6 +59,15 @@ def test_an_input_without_a_prompt_is_encoded_once() -> None:
     assert float(second["prompt_embeds"].max()) == 3.0
 
 
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_an_input_without_a_prompt_does_not_depend_on_who_asks_first(name: str, tiny_teacher: Folder) -> None:
+    """Otherwise a resumed run, whose first caller is another one, would go another way."""
+    first, second = (FAMILIES[name].from_folder(tiny_teacher(name))[0] for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = first.unconditional(1)["prompt_embeds"]
+    assert torch.equal(inside, second.unconditional(1)["prompt_embeds"])
+
+
 def test_sdxls_second_encoder_reads_its_own_padding(tiny_teacher: Folder, tmp_path: Path) -> None:
     """Published SDXL pads the second encoder's tokens with "!", the first one's with the end token."""
     folder = shutil.copytree(tiny_teacher("sdxl"), tmp_path / "sdxl")

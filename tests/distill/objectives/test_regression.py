@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from distill.objectives.features import Perception
@@ -11,6 +12,7 @@ from distill.objectives.ode import CLEAN, follow
 from distill.objectives.plan import Roles, Rollout
 from distill.objectives.regression import OdeRegression
 from distill.rewards import DigitClassifier
+from distill.sampling import Flow
 
 
 def hook_of(roles: Roles, seed: int = 0) -> OdeRegression:
@@ -33,6 +35,21 @@ def test_loss_is_the_weighted_distance_to_the_teachers_ends(
     with torch.no_grad():
         flow = roles.student(hook.z[index], timestep=1000 * t.float(), class_labels=condition["labels"]).sample
     torch.testing.assert_close(loss.detach(), 0.25 * (hook.z[index] - flow - ends).pow(2).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_students_first_step_is_where_its_grid_says(
+    roles: Roles, rolled: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDXL's one step is conditioned on t = 399; its pairs are still those of the teacher's whole path."""
+    monkeypatch.setattr(roles.family, "schedule", Flow(grids={1: (0.4,)}))
+    hook, rollout, family = hook_of(roles), rolled(), roles.family
+    index = torch.randint(40, (8,), generator=rollout.random("pairs"))
+    condition = family.encode([hook.prompts[int(i)] for i in index])
+    ends = follow(family, roles.teacher, hook.z[index], condition, [1.0, 2 / 3, 1 / 3, CLEAN], 2.0)
+    with torch.no_grad():
+        x = family.predict(roles.student, hook.z[index], torch.full((8,), 0.4, dtype=torch.float64), condition).x0
+    expected = 0.25 * (x - ends).pow(2).mean()
+    torch.testing.assert_close(hook.extra_student_loss(rollout).detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_pairs_do_not_depend_on_when_they_are_drawn(roles: Roles) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from distill.config import SceneData
 from distill.data.world import HELD_OUT
-from distill.tasks.samples import SceneSamples
+from distill.tasks.samples import LabelSamples, SceneSamples, samples_for
 
 SIZE = 200
 
@@ -34,3 +34,15 @@ def test_prompts_are_those_of_the_data_unless_a_share_is_held_out() -> None:
 def test_a_share_is_between_zero_and_one(share: float) -> None:
     with pytest.raises(ValueError, match="held_out_prompts"):
         SceneData(held_out_prompts=share)
+
+
+def test_labels_are_drawn_alike_and_have_no_pictures() -> None:
+    family = cast(Any, type("Classes", (), {"classes": 1000}))
+    samples = samples_for("labels", 3, family)
+    assert isinstance(samples, LabelSamples)
+    drawn = [label for i in range(20) for label in samples.conditions(i, 0, 500)]
+    assert samples.conditions(4, 1, 8) == samples.conditions(4, 1, 8) != samples.conditions(4, 2, 8)
+    assert (min(drawn), max(drawn)) == (0, 999) and abs(sum(drawn) / len(drawn) - 499.5) < 12
+    assert samples.preview_conditions() == [0, 125, 250, 375, 500, 625, 750, 875]
+    with pytest.raises(ValueError, match="data: labels has no pictures, which gan and the like need"):
+        samples.batch(0, 0, 4)
