@@ -32,6 +32,7 @@ KNOWN_PATHS = OPEN_PATHS | {
     "/v1/estimate",
     "/v1/queue",
     "/v1/models",
+    "/v1/openapi.json",
     "/generate",
     "/schema.json",
     "/docs.json",

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import answers, schemas
+from service import answers, openapi, schemas
 from service.edge import STATE, RequestState, translate
 from service.encode import Format
 from service.engine import Engine
@@ -44,6 +44,10 @@ def build(hub: Hub) -> FastAPI:
     @web.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=PAGE_HEADERS)
+
+    @web.get("/v1/openapi.json")
+    async def described() -> JSONResponse:
+        return JSONResponse(openapi.document(hub.settings, [model.bundle.manifest for model in hub.registry.all()]))
 
     @web.get("/v1/models")
     async def models() -> JSONResponse:

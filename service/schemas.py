@@ -81,7 +81,7 @@ class Plan:
 def parse(body: bytes) -> ImageRequest:
     """The request in a JSON body. Raises ApiError that names the field."""
     try:
-        data = json.loads(body, parse_constant=_no_constant)
+        data = json.loads(body, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise invalid(
             None, f"the body is not JSON: {error}; send an object such as {_EXAMPLE}", "invalid_json"
@@ -97,6 +97,12 @@ def parse(body: bytes) -> ImageRequest:
             data[name] = data.pop(alias)
     # OpenAI declares its optional fields nullable: null means unset.
     return validate({name: value for name, value in data.items() if value is not None or name not in _OPTIONAL})
+
+
+def _number(text: str) -> float:
+    """JSON knows no whole numbers apart: 4.0 is 4."""
+    found = float(text)
+    return int(found) if found.is_integer() else found
 
 
 def validate(given: dict[str, Any]) -> ImageRequest:

@@ -1,0 +1,239 @@
+"""The OpenAPI document of /v1: what the routes take and give, with this server's own limits and models.
+
+Requests come from the model that checks them (service.schemas.ImageRequest), so that the two cannot part; answers are
+written out here and held against real ones in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distill.bundle import Manifest
+from service.schemas import ALIASES, ImageRequest
+from service.settings import Settings
+
+Schema = dict[str, Any]
+VERSION = "1"
+TEXT: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "number"}
+WHOLE: Schema = {"type": "integer"}
+NAMES: Schema = {"type": "array", "items": TEXT}
+
+
+def document(settings: Settings, manifests: Sequence[Manifest] = ()) -> Schema:
+    """OpenAPI 3.1. manifests: of the models that are served, whose names, sizes and steps it lists."""
+    asked = request(settings, manifests)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Leapfrog",
+            "version": VERSION,
+            "description": "Few-step students behind OpenAI's images API. Fields that OpenAI does not have: "
+            "steps, seed, progress, priority, deadline_ms, cache.",
+        },
+        "paths": {
+            "/v1/openapi.json": {"get": _operation("getDocument", "This document", {"type": "object"})},
+            "/v1/models": {"get": _operation("listModels", "Models and what they can do", _list(MODEL))},
+            "/v1/models/{model}": {
+                "get": _operation("getModel", "One model", MODEL, errors=(404,), path="model"),
+            },
+            "/v1/images/generations": {"post": _generations(asked)},
+            "/v1/estimate": {
+                "post": _operation(
+                    "estimate",
+                    "When a request would be done and what it would cost, without doing it",
+                    ESTIMATE,
+                    errors=(400, 404, 408, 413, 415),
+                    body=asked,
+                )
+            },
+            "/v1/queue": {"get": _operation("getQueue", "How much there is to do", _list(QUEUE))},
+            "/v1/requests/{request_id}/cancel": {
+                "post": _operation(
+                    "cancelRequest",
+                    "Give up a request by its x-request-id",
+                    CANCELLED,
+                    errors=(404,),
+                    path="request_id",
+                )
+            },
+        },
+        "components": {"schemas": {"Error": ERROR}, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}] if settings.api_keys else [],
+    }
+
+
+def request(settings: Settings, manifests: Sequence[Manifest]) -> Schema:
+    """The body of a request for pictures."""
+    schema = ImageRequest.model_json_schema()
+    properties: dict[str, Schema] = schema["properties"]
+    properties["prompt"] |= {"minLength": 1, "maxLength": settings.max_prompt_chars, "pattern": r"\S"}
+    properties["n"] |= {"maximum": settings.max_n}
+    properties["response_format"]["enum"] = ["b64_json"]
+    properties["background"]["enum"] = ["auto", "opaque"]
+    if manifests:
+        _choose(properties["model"], sorted(m.name for m in manifests))
+        _choose(properties["steps"], sorted({steps for m in manifests for steps in m.samplers}))
+        sizes = {f"{width}x{height}" for m in manifests for width, height in m.sizes}
+        _choose(properties["size"], ["auto", *sorted(sizes)])
+    for alias, name in ALIASES.items():
+        properties[alias] = {**properties[name], "description": f"another name of {name}"}
+    for name, entry in properties.items():
+        if name not in schema["required"] and "anyOf" not in entry:  # null means unset
+            told: Schema = {key: entry.pop(key) for key in ("title", "description", "default") if key in entry}
+            properties[name] = told | {"anyOf": [entry, {"type": "null"}]}
+    twice: list[Schema] = [{"not": {"required": [alias, name]}} for alias, name in ALIASES.items()]
+    streamed = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    return {
+        **schema,
+        "title": "ImageRequest",
+        "allOf": [*twice, {"if": streamed, "then": {"properties": {"n": {"maximum": 1}}}}],
+    }
+
+
+def _choose(entry: Schema, values: list[Any]) -> None:
+    """Let a field take these values, and null where it does."""
+    if "anyOf" in entry:
+        entry["anyOf"] = [{"enum": values}, {"type": "null"}]
+    else:
+        entry["enum"] = values
+
+
+def _generations(asked: Schema) -> Schema:
+    found = _operation(
+        "createImage",
+        "Pictures of a prompt: JSON, events with stream: true, or the bare file for Accept: image/*",
+        PICTURES,
+        errors=(400, 404, 406, 408, 409, 413, 415, 429, 500, 504),
+        body=asked,
+    )
+    files = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")}
+    found["responses"]["200"]["content"] |= {"text/event-stream": {"schema": TEXT}, **files}
+    found["parameters"] = [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "description": "the same key and body give the first answer again",
+            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+        }
+    ]
+    return found
+
+
+def _operation(
+    name: str,
+    summary: str,
+    answer: Schema,
+    *,
+    errors: tuple[int, ...] = (),
+    path: str | None = None,
+    body: Schema | None = None,
+) -> Schema:
+    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    found: Schema = {
+        "operationId": name,
+        "summary": summary,
+        "responses": {
+            "200": {"description": "done", "content": {"application/json": {"schema": answer}}},
+            **{str(status): {"description": REASONS[status], **error} for status in sorted({*errors, *ALWAYS})},
+        },
+    }
+    if path is not None:
+        schema = {"type": "string", "minLength": 1}
+        found["parameters"] = [{"name": path, "in": "path", "required": True, "schema": schema}]
+    if body is not None:
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    return found
+
+
+def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def _list(item: Schema) -> Schema:
+    return _object(object={"const": "list"}, data={"type": "array", "items": item})
+
+
+def _nullable(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+REASONS = {
+    400: "the request is wrong; error.param names the field",
+    401: "the API key is missing or wrong",
+    403: "this server answers only its own machine",
+    404: "there is no such model or request",
+    406: "no picture can be sent in the form that Accept asks for",
+    408: "the body took too long to arrive",
+    409: "the request was cancelled, or its Idempotency-Key came with another body",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    429: "the queue is full; retry-after-ms says when to come back",
+    500: "the server failed; its log has the request id",
+    503: "no model is ready yet",
+    504: "the deadline cannot be met",
+}
+ALWAYS = (401, 403, 503)
+ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_nullable(TEXT), code=_nullable(TEXT)))
+MODEL = _object(
+    id=TEXT,
+    object={"const": "model"},
+    created=WHOLE,
+    owned_by=TEXT,
+    capabilities={"type": "object"},
+    examples=NAMES,
+    digest=TEXT,
+)
+ESTIMATE = _object(
+    object={"const": "estimate"},
+    model=TEXT,
+    admitted={"type": "boolean"},
+    error=_nullable(ERROR["properties"]["error"]),
+    retry_after_ms=_nullable(WHOLE),
+    queue_position=_nullable(WHOLE),
+    eta_ms=_nullable(NUMBER),
+    cost_ms=NUMBER,
+    steps=WHOLE,
+    size=TEXT,
+    n=WHOLE,
+)
+QUEUE = _object(device=TEXT, models=NAMES, waiting=WHOLE, running=WHOLE, work_ms=NUMBER)
+CANCELLED = _object(id=TEXT, object={"const": "request.cancelled"}, cancelled={"const": True})
+USAGE = _object(
+    input_tokens=WHOLE,
+    input_tokens_details=_object(text_tokens=WHOLE, image_tokens=WHOLE),
+    output_tokens=WHOLE,
+    total_tokens=WHOLE,
+)
+METRICS = _object(
+    queue_ms=NUMBER,
+    encode_text_ms=NUMBER,
+    denoise_ms=NUMBER,
+    decode_ms=NUMBER,
+    encode_image_ms=NUMBER,
+    total_ms=NUMBER,
+    steps=WHOLE,
+    batch=WHOLE,
+    cache={"enum": ["off", "miss", "hit", "partial"]},
+    prompt_cache=TEXT,
+)
+PICTURES = _object(
+    created=WHOLE,
+    id=TEXT,
+    model=TEXT,
+    background=TEXT,
+    output_format=TEXT,
+    quality=TEXT,
+    size=TEXT,
+    usage=USAGE,
+    metrics=METRICS,
+    ignored=NAMES,
+    warnings=NAMES,
+    data={"type": "array", "minItems": 1, "items": _object(b64_json=TEXT, seed=WHOLE)},
+)
