@@ -13,6 +13,7 @@ from torch import Tensor
 import distill.parallel.checkpoint
 from distill.config import load_recipe
 from distill.parallel.shard import full
+from distill.shrink import shrunk
 from distill.tasks.distillation import DistillationTask
 from distill.trainer import Phase, Trainer, TrainingError
 
@@ -38,6 +39,17 @@ def distil(models: str, folder: str, overrides: list[str], until: int | None = N
         return _distil(trainer(models, folder, overrides), until)
     finally:
         torch.set_num_threads(threads)
+
+
+def rehearse(name: str, inputs: str, folder: str, overrides: list[str]) -> dict[str, Tensor]:
+    """Two iterations of a production recipe on tiny networks of its classes, in float32; the whole state."""
+    recipe = load_recipe(
+        ROOT / f"recipes/{name}.yaml", ["precision=float32", "fake_per_student=1", "fake_warmup=0", *overrides]
+    )
+    recipe = shrunk(recipe, Path(inputs)).model_copy(
+        update={"iterations": 2, "log_every": 1, "output": f"{folder}/out"}
+    )
+    return _distil(Trainer(DistillationTask(recipe), Path(folder), quiet=True), 2)
 
 
 def _distil(made: Trainer, until: int | None) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ OBJECTIVES = {
     "gan": ["gan={}", "divergence={}", "step_aware_fake=true"],
     "adapters": ["adapters={rank: 4, alpha: 8}"],
     "mixed": ["adapters={rank: 4, alpha: 8, roles: [fake]}", "consistency={}"],
-    "senseflow": ["implicit_alignment={}", "segment_guidance={}"],
 }
 
 

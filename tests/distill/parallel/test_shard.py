@@ -80,6 +80,17 @@ def test_two_ranks_in_shards_train_what_one_trains_with_every_kind_of_hook(
     assert_streams_equal(jobs.stream(tmp_path / "two"), jobs.stream(tmp_path / "one"))
 
 
+@pytest.mark.parametrize("recipe", ["sdxl-dmd2-4step", "wan-1.3b-amd-4step"])
+def test_production_recipes_train_in_shards_what_they_train_alone(
+    ranks: Any, jobs: Any, tmp_path: Path, recipe: str
+) -> None:
+    """A UNet with a GAN on its middle block, and Wan's transformer; the blocks of both computed again."""
+    inputs = str(tmp_path / "inputs")
+    state = jobs.rehearse(recipe, inputs, str(tmp_path / "one"), ["parallel.strategy=ddp"])
+    for each in ranks(2, jobs.rehearse, recipe, inputs, str(tmp_path / "two"), ["parallel.strategy=fsdp"]):
+        assert_states_equal(each, state)
+
+
 def test_groups_of_ranks_sum_their_gradients_once_per_step(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
     """Two micro-batches per rank, in shards within groups that are copies."""
     more = ["accumulate=8", "batch_size=32", "iterations=1", "fake_warmup=0"]
