@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.parallel.shard import materialise, skeleton, whole
 
-PROBED = ["telemetry.every=2"]
+PROBED = ["telemetry.every=2", "iterations=2"]
 LAYOUTS = {
     "ddp": ["parallel.strategy=ddp"],
     "fsdp": ["parallel.strategy=fsdp"],
