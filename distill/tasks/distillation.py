@@ -201,8 +201,9 @@ class DistillationTask:
         r, family = self.recipe, self.family
         size = r.batch_size // r.accumulate
         group = r.advantage.group if r.advantage else 1
-        prompts = [p for p in self.samples.conditions(iteration, micro, size // group) for _ in range(group)]
-        condition = family.encode(prompts)
+        distinct = self.samples.conditions(iteration, micro, size // group)
+        prompts = [prompt for prompt in distinct for _ in range(group)]
+        condition = {name: rows.repeat_interleave(group, 0) for name, rows in family.encode(distinct).items()}
         choice = seeded(r.seed, iteration, "step")
         weights = r.step_weights or (1.0,) * len(r.steps)
         steps = int(choice.choice(r.steps, p=[w / sum(weights) for w in weights]))
