@@ -106,15 +106,35 @@ def _scheduler_config(bundle: Bundle) -> dict[str, Any]:
     return config
 
 
-def _pipeline_usage(manifest: Manifest, calls: dict[int, dict[str, Any]], pipeline: bool) -> str:
+def _loop_usage(manifest: Manifest, calls: dict[int, dict[str, Any]], vae: bool) -> str:
+    """For flows of classes: diffusers' DiTPipeline asks its scheduler for what flow schedulers do not have."""
+    (width, height), *_ = manifest.sizes
+    shape = (1, manifest.latent_channels, height // manifest.latent_stride, width // manifest.latent_stride)
+    names = ("AutoencoderKL, " if vae else "") + "DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler"
+    decoded = (
+        'vae = AutoencoderKL.from_pretrained("PATH", subfolder="vae")\n'
+        "result = vae.decode(x / vae.config.scaling_factor).sample.detach()"
+        if vae
+        else "result = x  # pixels in [-1, 1]; there is no autoencoder"
+    )
+    return (
+        f"import torch\nfrom diffusers import {names}\n\n"
+        'network = DiTTransformer2DModel.from_pretrained("PATH", subfolder="transformer").eval()\n'
+        'scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("PATH", subfolder="scheduler")\n'
+        f"scheduler.set_timesteps({_spelt(calls[manifest.default_steps])})\n"
+        f"x, label = torch.randn{shape}, torch.tensor([7])\n"
+        "for t in scheduler.timesteps:\n"
+        "    with torch.no_grad():\n"
+        "        v = network(x, timestep=t.expand(1), class_labels=label).sample\n"
+        "    x = scheduler.step(v, t, x).prev_sample\n"
+        f"{decoded}"
+    )
+
+
+def _pipeline_usage(manifest: Manifest, calls: dict[int, dict[str, Any]], vae: bool) -> str:
     steps = manifest.default_steps
-    if not pipeline:
-        return (
-            "from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler\n\n"
-            'network = DiTTransformer2DModel.from_pretrained("PATH", subfolder="transformer")\n'
-            'scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("PATH", subfolder="scheduler")\n'
-            f"scheduler.set_timesteps({_spelt(calls[steps])})  # pixel space: there is no pipeline and no autoencoder"
-        )
+    if manifest.task == "class-to-image" and manifest.prediction == "flow":
+        return _loop_usage(manifest, calls, vae)
     example = manifest.examples[0] if manifest.examples else "a photo of a cat"
     what = "class_labels=[207]" if manifest.task == "class-to-image" else repr(example)
     output = "frames" if manifest.task == "text-to-video" else "images"
@@ -130,8 +150,13 @@ def _pipeline_usage(manifest: Manifest, calls: dict[int, dict[str, Any]], pipeli
             "pipe.scheduler.set_timesteps = lambda steps, device=None: "
             f"set_timesteps({_spelt(call)}, device=device)\n"
         )
-    scale = f"guidance_scale={manifest.guidance.scale:g}"
-    return f"{start}result = pipe({what}, {given}, {scale}).{output}[0]"
+    given += f", guidance_scale={manifest.guidance.scale:g}"
+    if manifest.task != "class-to-image":
+        (width, height), *_ = manifest.sizes
+        given += f", height={height}, width={width}"
+    if frames := manifest.provenance.get("recipe", {}).get("frames"):
+        given += f", num_frames={frames}"
+    return f"{start}result = pipe({what}, {given}).{output}[0]"
 
 
 def _spelt(call: dict[str, Any]) -> str:
@@ -181,11 +206,17 @@ def _networks(bundle: Bundle, teacher: str) -> tuple[Any, nn.Module, nn.Module]:
 def remaining(
     family: Any, student: nn.Module, teacher: nn.Module, factors: dict[str, Factors], manifest: Manifest
 ) -> float:
-    """rms(f(teacher + LoRA) − f(student)) over rms(f(teacher) − f(student)), of the first step's x0."""
+    """rms(f(teacher + LoRA) − f(student)) over rms(f(teacher) − f(student)), where f is the first step's x0.
+
+    Videos are measured on two latent frames of 32 × 32: a whole one would take hours on a CPU.
+    """
     merged = merge(copy.deepcopy(teacher), factors)
     prompts = [*manifest.examples, "a photo of a cat", "a photo of a dog"]
     encoded = family.encode(prompts[:2] if manifest.max_tokens else [0, 1])
-    x = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
+    channels, *sides = family.latent_shape()
+    if len(sides) == 3:
+        sides = [min(side, limit) for side, limit in zip(sides, (2, 32, 32), strict=True)]
+    x = torch.randn(2, channels, *sides, generator=torch.Generator().manual_seed(0))
     t = torch.full((2,), manifest.samplers[manifest.default_steps].timesteps[0], dtype=torch.float64)
     outputs = [family.predict(network.eval(), x, t, encoded).x0 for network in (student, teacher, merged)]
     return float((outputs[2] - outputs[0]).norm() / (outputs[1] - outputs[0]).norm().clamp_min(1e-12))

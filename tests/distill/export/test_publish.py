@@ -67,9 +67,12 @@ def test_pixel_space_students_are_a_network_and_a_scheduler(tmp_path: Path) -> N
     assert network.config.in_channels == 1
     scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
     steps = Bundle.open("bundles/digits-sit").manifest.default_steps
-    usage = (tmp_path / "out/README.md").read_text()
+    usage = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
     assert f"scheduler.set_timesteps(sigmas={[round(1 - i / steps, 6) for i in range(steps)]})" in usage
     assert scheduler.config.stochastic_sampling
+    scope: dict[str, Any] = {}
+    exec(usage.replace("PATH", str(tmp_path / "out")), scope)
+    assert scope["result"].shape == (1, 1, 8, 8) and float(scope["result"].std()) > 0.5  # ink on paper, not gray
 
 
 def test_nothing_is_left_of_a_publication_that_fails(tiny_sources: Path, tmp_path: Path) -> None:
