@@ -59,8 +59,11 @@ def test_each_key_opens(strict: Server) -> None:
 
 
 def test_a_full_queue_answers_429_with_the_time_to_wait(strict: Server) -> None:
+    """Whether requests meet is up to the machine, so they are sent until some do; no cache may answer for them."""
+    answers: list[httpx.Response] = []
     with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda _: ask(strict, prompt=PROMPT, seed=3, steps=8), range(24)))
+        while {answer.status_code for answer in answers} != {200, 429} and len(answers) < 50 * 24:
+            answers += pool.map(lambda _: ask(strict, prompt=PROMPT, seed=3, steps=8, cache=False), range(24))
     assert {answer.status_code for answer in answers} == {200, 429}
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.json()["error"]["type"] == "rate_limit_error"

@@ -84,11 +84,14 @@ def test_two_ranks_in_shards_train_what_one_trains_with_every_kind_of_hook(
 def test_production_recipes_train_in_shards_what_they_train_alone(
     ranks: Any, jobs: Any, tmp_path: Path, recipe: str
 ) -> None:
-    """A UNet with a GAN on its middle block, and Wan's transformer; the blocks of both computed again."""
+    """A UNet with a GAN on its middle block, and Wan's transformer; the blocks of both computed again.
+
+    Wider and deeper than the toys, so that the order of sums shows in the moments, which are not divided by their size.
+    """
     inputs = str(tmp_path / "inputs")
     state = jobs.rehearse(recipe, inputs, str(tmp_path / "one"), ["parallel.strategy=ddp"])
     for each in ranks(2, jobs.rehearse, recipe, inputs, str(tmp_path / "two"), ["parallel.strategy=fsdp"]):
-        assert_states_equal(each, state)
+        assert_states_equal(each, state, bound=5e-5)
 
 
 def test_groups_of_ranks_sum_their_gradients_once_per_step(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
