@@ -26,23 +26,21 @@ STAGES = ("queue_ms", "encode_text_ms", "denoise_ms", "decode_ms")
 
 async def as_json(drawing: Drawing, gone: Gone) -> Response:
     """OpenAI's answer, with seeds, timings and what was ignored."""
-    start = time.perf_counter()
     with drawing:
         files = await drawing.files(gone)
     answer = {
-        **_about(drawing, files, start),
+        **_about(drawing, files),
         "data": [{"b64_json": base64.b64encode(file.data).decode("ascii"), "seed": file.seed} for file in files],
     }
-    _log(drawing, start)
+    _log(drawing)
     return JSONResponse(answer)
 
 
 async def as_file(drawing: Drawing, gone: Gone) -> Response:
     """The file itself, with the seed and the timings in headers."""
-    start = time.perf_counter()
     with drawing:
         files = await drawing.files(gone)
-    about = _about(drawing, files, start)
+    about = _about(drawing, files)
     timing = ", ".join(f"{name[:-3]};dur={about['metrics'][name]}" for name in (*STAGES, "encode_image_ms", "total_ms"))
     headers = {
         "server-timing": timing,
@@ -52,7 +50,7 @@ async def as_file(drawing: Drawing, gone: Gone) -> Response:
     }
     if about["warnings"]:
         headers["x-warning"] = about["warnings"][0]
-    _log(drawing, start)
+    _log(drawing)
     return Response(files[0].data, media_type=f"image/{drawing.plan.output_format}", headers=headers)
 
 
@@ -87,7 +85,7 @@ def wants_file(request: Request, asked: ImageRequest) -> Format | None:
 
 async def _events(hub: Hub, drawing: Drawing, request: Request) -> AsyncIterator[str]:
     """Server-sent events. An error after the first byte can only be an event; the status has been sent."""
-    start, said = time.perf_counter(), time.monotonic()
+    said = time.monotonic()
     common = _form(drawing.plan)
     try:
         with counted(hub), drawing:
@@ -97,10 +95,10 @@ async def _events(hub: Hub, drawing: Drawing, request: Request) -> AsyncIterator
                 said = time.monotonic()
                 yield ": still at it\n\n" if news is None else _news(news, common)
             files = await drawing.files(request.is_disconnected)
-            about = {**_about(drawing, files, start), **common, "seed": files[0].seed}
+            about = {**_about(drawing, files), **common, "seed": files[0].seed}
             del about["created"]
             yield _event("completed", {**about, "b64_json": base64.b64encode(files[0].data).decode("ascii")})
-            _log(drawing, start)
+            _log(drawing)
     except ApiError as error:
         yield _error(error)
     except Exception:
@@ -133,7 +131,7 @@ def _form(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _about(drawing: Drawing, files: Sequence[File], start: float) -> dict[str, Any]:
+def _about(drawing: Drawing, files: Sequence[File]) -> dict[str, Any]:
     """Everything of an answer but the pictures."""
     model, plan = drawing.model, drawing.plan
     tokens = model.runtime.tokenize([plan.prompt])
@@ -153,18 +151,18 @@ def _about(drawing: Drawing, files: Sequence[File], start: float) -> dict[str, A
             "output_tokens": 0,
             "total_tokens": kept,
         },
-        "metrics": timings(plan, files, start),
+        "metrics": timings(plan, files, drawing.begun),
         "ignored": list(plan.ignored),
         "warnings": warnings,
     }
 
 
-def timings(plan: Plan, files: Sequence[File], start: float) -> dict[str, Any]:
+def timings(plan: Plan, files: Sequence[File], begun: float) -> dict[str, Any]:
     """Milliseconds per stage; with several pictures each stage is that of its slowest picture, 0 for known files."""
     made = [file.picture for file in files if file.picture is not None]
     stages = {name: max((getattr(picture, name) for picture in made), default=0.0) for name in STAGES}
     stages["encode_image_ms"] = max(file.encode_ms for file in files)
-    stages["total_ms"] = (time.perf_counter() - start) * 1e3
+    stages["total_ms"] = (time.perf_counter() - begun) * 1e3
     known = len(files) - len(made)
     return {
         **{name: round(value, 2) for name, value in stages.items()},
@@ -175,7 +173,7 @@ def timings(plan: Plan, files: Sequence[File], start: float) -> dict[str, Any]:
     }
 
 
-def _log(drawing: Drawing, start: float) -> None:
+def _log(drawing: Drawing) -> None:
     plan = drawing.plan
     logger.info(
         "request %s: %d x %dx%d, seed %d, %d steps, %.1f ms",
@@ -184,5 +182,5 @@ def _log(drawing: Drawing, start: float) -> None:
         *plan.size,
         plan.seeds[0],
         plan.steps,
-        (time.perf_counter() - start) * 1e3,
+        (time.perf_counter() - drawing.begun) * 1e3,
     )

@@ -87,6 +87,7 @@ class Drawing:
     def __init__(self, hub: Hub, model: Model, plan: Plan, state: RequestState) -> None:
         self.hub, self.model, self.plan, self.state = hub, model, plan, state
         self.id = f"img_{secrets.token_hex(12)}"
+        self.begun = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[tuple[int, Floats] | None] = asyncio.Queue()
         self._known = {seed: data for seed in plan.seeds if (data := self._look_up(seed)) is not None}

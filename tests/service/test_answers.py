@@ -67,6 +67,16 @@ def test_progress_is_told_when_asked_for(server: Server) -> None:
     assert [event["type"] for event in events(server, prompt=PROMPT, steps=4)] == ["image_generation.completed"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_whole_takes_at_least_as_long_as_its_stages(server: Server, stream: bool) -> None:
+    """The clock starts when the picture is asked for, not when its answer begins."""
+    asked = {"prompt": PROMPT, "steps": 8, "cache": False}
+    answer = events(server, **asked)[-1] if stream else server.images(**asked).json()
+    timings = answer["metrics"]
+    stages = ("queue_ms", "encode_text_ms", "denoise_ms", "decode_ms", "encode_image_ms")
+    assert timings["total_ms"] >= sum(timings[name] for name in stages) - 0.05, "each is rounded to 0.01"
+
+
 def test_a_known_picture_streams_at_once_without_previews(server: Server) -> None:
     server.images(prompt=PROMPT, seed=5, steps=4)
     (only,) = events(server, prompt=PROMPT, seed=5, steps=4, partial_images=3)
