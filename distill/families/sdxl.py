@@ -14,23 +14,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.config import SdxlSource, UnetModel
 from distill.export.folder import save_pipeline
 from distill.families.base import Condition, Prediction, coefficients
-from distill.families.parts import Parts, check_size, decoded, explicit_attention, scene_preview
+from distill.families.parts import explicit_attention
 from distill.families.schedulers import PREDICTION_TYPES, discrete, read_config
+from distill.families.stable_diffusion import StableDiffusion
 from distill.families.taps import tapped
 from distill.math import convert
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze
 
 
-class Sdxl(Parts):
+class Sdxl(StableDiffusion):
     """The parts that all roles share: autoencoder, text encoders, tokenizers and the schedule."""
 
     name = "sdxl"
@@ -185,25 +184,6 @@ class Sdxl(Parts):
 
     blank = unconditional
 
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
-        width, height = size or self.size
-        check_size((width, height), self.stride, "this autoencoder")
-        return (self.vae.config.latent_channels, height // self.stride, width // self.stride)
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [−1, 1] to latents in model scale: the posterior's mean times the scaling factor."""
-        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor  # type: ignore[no-any-return]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return decoded(self.vae, latents / self.vae.config.scaling_factor)
-
-    def wrap_plan(self) -> tuple[type[nn.Module], ...]:
-        return (BasicTransformerBlock, ResnetBlock2D)
-
-    def lora_targets(self) -> tuple[str, ...]:
-        return ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-
     def save(self, network: nn.Module, folder: Path) -> None:
         pipeline = StableDiffusionXLPipeline(
             vae=copy.deepcopy(self.vae),
@@ -225,15 +205,3 @@ class Sdxl(Parts):
             add_watermarker=False,
         )
         save_pipeline(pipeline, folder)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "family": self.name,
-            "task": "text-to-image",
-            "prediction": self.prediction,
-            "latent_channels": int(self.vae.config.latent_channels),
-            "latent_stride": self.stride,
-            "sizes": (self.size,),
-            "max_tokens": int(self.tokenizer.model_max_length),
-            "preview": scene_preview(self),
-        }
