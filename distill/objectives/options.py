@@ -33,6 +33,9 @@ class Advantage(Strict):
     share: float = Field(
         1.0, gt=0, le=1, description="of the prompts of a micro-batch that are scored; a is 0 for others"
     )
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of decoding and judging; None decodes in the recipe's precision and judges in float32"
+    )
 
 
 class Adaptation(Strict):

@@ -256,11 +256,12 @@ class DistillationTask:
         nothing = torch.full((total,), torch.nan)
         rewards, held = nothing.clone(), {judge.name: nothing.clone() for judge in self.heldout}
         if count:
-            with autocast(self.recipe.precision):
+            with autocast(settings.precision or self.recipe.precision):
                 images = to_uint8(self.family.decode(rollout.samples[:count]))
             self.passes.count("reward", count)
-            for judge, scores in ((self.reward, rewards), *((judge, held[judge.name]) for judge in self.heldout)):
-                scores[:count] = judge.score(images, rollout.prompts[:count]).float()
+            with autocast(settings.precision or "float32"):
+                for judge, scores in ((self.reward, rewards), *((judge, held[judge.name]) for judge in self.heldout)):
+                    scores[:count] = judge.score(images, rollout.prompts[:count]).float()
         finite = rewards.isfinite()
         rewards = torch.where(finite, rewards, torch.nan)
         rollout.rewards = lambda: rewards

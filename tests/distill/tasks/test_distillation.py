@@ -172,6 +172,16 @@ def test_a_share_of_the_prompts_is_scored_in_whole_groups(
     assert {"reward", "w_ess"} <= telemetry.keys()
 
 
+def test_judging_in_bfloat16_changes_rewards_by_rounding_only(models: Path, tmp_path: Path) -> None:
+    recipe = [*rewarded(models), "batch_size=16", "adaptation={}"]
+    exact, rounded = (
+        trainer(models, tmp_path, *recipe, *more).task._rollout(0, 0, graph=False)
+        for more in ([], ["advantage.precision=bfloat16"])
+    )
+    assert torch.equal(exact.x, rounded.x) and not torch.equal(exact.rewards(), rounded.rewards())
+    torch.testing.assert_close(rounded.rewards(), exact.rewards(), rtol=0.02, atol=0.02)
+
+
 # --- who learns when -----------------------------------------------------------------------------------------------
 
 BOTH, FAKE, STUDENT = {"student", "fake"}, {"fake"}, {"student"}
