@@ -87,6 +87,23 @@ def explicit_attention(network: Any) -> Any:
     return network
 
 
+def same_precision(network: Any) -> Any:
+    """Give norms of queries and keys their input in the precision of their weights.
+
+    Under autocast the input is bfloat16 and the weights are float32, a pair for which torch has no fused kernel and
+    warns.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.register_forward_pre_hook(_as_weight)
+    return network
+
+
+def _as_weight(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = norm.weight
+    return (inputs[0].to(weight.dtype) if isinstance(weight, Tensor) else inputs[0],)
+
+
 def check_size(size: Sequence[int], multiple: int, what: str) -> None:
     """Raise ValueError where width or height in pixels is not a multiple of what the network can cut."""
     wrong = [side for side in size if side < multiple or side % multiple]

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def tapped(offered: Mapping[str, nn.Module], taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def tapped(offered: Mapping[str, nn.Module], taps: Sequence[str], *, place: int = 0) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the modules that ``taps`` names while the network runs inside the block.
+
+    place: which one of a module that gives several; blocks of an MMDiT give those of the text first.
 
     Gradients flow through what is collected. Raises ValueError for a name that is not offered.
     """
@@ -22,7 +24,7 @@ def tapped(offered: Mapping[str, nn.Module], taps: Sequence[str]) -> Iterator[di
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            found[name] = output[place] if isinstance(output, tuple) else output
 
         return hook
 

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from distill.families.base import Condition, Prediction, coefficients
-from distill.families.parts import Parts, Remembered, check_size, decoded, scene_preview, without_float16
+from distill.families.parts import (
+    Parts,
+    Remembered,
+    check_size,
+    decoded,
+    same_precision,
+    scene_preview,
+    without_float16,
+)
 from distill.families.schedulers import flow, read_config
 from distill.families.taps import tapped
 from distill.math import convert
@@ -99,7 +107,9 @@ class Wan(Parts):
             size=size,
             frames=frames,
         )
-        return family, _prepare(WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32))
+        return family, same_precision(
+            WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32)
+        )
 
     @classmethod
     def from_config(
@@ -120,7 +130,7 @@ class Wan(Parts):
             size=size,
             frames=frames,
         )
-        return family, _prepare(WanTransformer3DModel.from_config(configs["transformer"]))
+        return family, same_precision(WanTransformer3DModel.from_config(configs["transformer"]))
 
     def new_network(self) -> Any:
         raise ValueError("the wan family is loaded from a folder, which has its network; give the teacher's folder")
@@ -227,15 +237,3 @@ class Wan(Parts):
             "max_tokens": MAX_TOKENS,
             "preview": scene_preview(self),
         }
-
-
-def _prepare(network: Any) -> Any:
-    for module in network.modules():
-        if isinstance(module, nn.RMSNorm):
-            module.register_forward_pre_hook(_as_weight)
-    return network
-
-
-def _as_weight(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    weight = norm.weight
-    return (inputs[0].to(weight.dtype) if isinstance(weight, Tensor) else inputs[0],)
