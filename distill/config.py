@@ -249,12 +249,15 @@ class DistillRecipe(Base):
 
     task: Literal["distill"]
     teacher: str = Field(description="a bundle, a diffusers folder or a hub id")
-    family: Literal["sdxl", "sd15", "sit", "wan"] | None = Field(
+    family: Literal["sdxl", "sd15", "sd3", "flux", "sit", "wan"] | None = Field(
         None, description="of the teacher; None: as its folder or hub id says"
     )
     size: tuple[int, int] | None = Field(None, description="(width, height) in pixels; None: the teacher's own")
     frames: int | None = Field(None, ge=1, description="of a video; None: the teacher's own")
     shift: float | None = Field(None, gt=0, description="time shift of a flow; None: as the teacher's scheduler says")
+    embedded_guidance: float | None = Field(
+        None, ge=0, description="the scale that FLUX.1-dev reads as an input, in all roles; None: 3.5"
+    )
     data: DistillData = Field(SceneData(), description="labels: the teacher's classes, drawn alike, without pictures")
     steps: tuple[Steps, ...] = Field(
         (4,), min_length=1, description="numbers of steps that the student learns; each grid is trailing"

@@ -65,6 +65,15 @@ _TINY_TEXT = {
     "max_position_embeddings": MAX_TOKENS,
     "projection_dim": 16,
 }
+_TINY_T5 = {
+    "vocab_size": 300,
+    "d_model": 16,
+    "d_ff": 32,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def _tiny_text(vocabulary: dict[str, int]) -> dict[str, Any]:
@@ -76,7 +85,8 @@ def _tiny_text(vocabulary: dict[str, int]) -> dict[str, Any]:
 def tiny_configs(family: str, configs: Configs, vocabulary: dict[str, int]) -> Configs:
     """A teacher's configs with few and narrow layers; its schedule and constants stay. vocabulary: CLIP's ids."""
     text = _tiny_text(vocabulary)
-    vae = {**_TINY_VAE, "scaling_factor": configs.get("vae", {}).get("scaling_factor", 1.0)}
+    constants = {key: v for key, v in configs.get("vae", {}).items() if key in ("scaling_factor", "shift_factor")}
+    vae = {**_TINY_VAE, "scaling_factor": 1.0, **constants}
     scheduler = {"scheduler": configs["scheduler"]} if "scheduler" in configs else {}
     if family == "sdxl":
         added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
@@ -89,17 +99,36 @@ def tiny_configs(family: str, configs: Configs, vocabulary: dict[str, int]) -> C
         depth = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "norm_num_groups": 1}
         classes = {"num_embeds_ada_norm": configs["transformer"].get("num_embeds_ada_norm", 1000)}
         return {"transformer": {**shape, **depth, **classes}, "vae": vae, **scheduler}
+    if family in ("sd3", "flux"):
+        return {**_tiny_mmdit(family, configs, text), "vae": vae, **scheduler}
     transformer = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16}
     channels = {"in_channels": 4, "out_channels": 4, "text_dim": 16}
     video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_scales": []}
     statistics = {"latents_mean": [-0.5, -0.25, 0.25, 0.5], "latents_std": [1.5, 2.0, 2.5, 3.0]}
-    umt5 = {"vocab_size": 300, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2}
     return {
         "transformer": {**transformer, **channels},
         "vae": {**video, **statistics},
-        "text_encoder": {**umt5, "feed_forward_proj": "gated-gelu"},
+        "text_encoder": _TINY_T5,
         **scheduler,
     }
+
+
+def _tiny_mmdit(family: str, configs: Configs, text: dict[str, Any]) -> Configs:
+    """Network and text encoders of an MMDiT; what its kinds differ in stays."""
+    given = configs.get("transformer", {})
+    narrow = {"num_attention_heads": 2, "num_layers": 2, "joint_attention_dim": 32}
+    t5 = {**_TINY_T5, "d_model": 32}
+    if family == "flux":
+        kind = {key: given[key] for key in ("guidance_embeds",) if key in given}
+        shape = {"in_channels": 16, "num_single_layers": 2, "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2]}
+        network = {**narrow, **shape, "pooled_projection_dim": 16, **kind}
+        return {"transformer": network, "text_encoder": text, "text_encoder_2": t5}
+    kind = {key: given[key] for key in ("qk_norm",) if key in given}
+    kind |= {"dual_attention_layers": [0]} if given.get("dual_attention_layers") else {}
+    shape = {"sample_size": SIDE // 4, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8}
+    sizes = {"caption_projection_dim": 16, "pooled_projection_dim": 32, "pos_embed_max_size": 2 * SIDE // 4}
+    encoders = {"text_encoder": text, "text_encoder_2": text, "text_encoder_3": t5}
+    return {"transformer": {**narrow, **shape, **sizes, **kind}, **encoders}
 
 
 def save_tiny_teacher(family: str, configs: Configs, folder: Path) -> None:
@@ -109,10 +138,13 @@ def save_tiny_teacher(family: str, configs: Configs, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made, network = FAMILIES[family].from_config(tiny_configs(family, configs, vocabulary))
+    clip = CLIPTokenizer.from_pretrained(folder / "words")
     if family == "wan":
         made.tokenizer = tiny_t5_tokenizer()
+    elif family in ("sd3", "flux"):
+        made.tokenizers = [*[clip] * (len(made.tokenizers) - 1), tiny_t5_tokenizer()]
     elif family != "sit":
-        made.tokenizer = made.tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "words")
+        made.tokenizer = made.tokenizer_2 = clip
     made.save(network, folder)
     shutil.rmtree(folder / "words")
 

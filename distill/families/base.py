@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.sampling import Schedule
+from distill.parallel.device import moved
+from distill.sampling import Flow, Schedule
 
 Condition = dict[str, Tensor]
 """What a network is conditioned on, by input name; every tensor has the rows of the batch first."""
@@ -32,7 +35,10 @@ class Prediction:
 
 
 class Family(Protocol):
-    """One architecture family: ``sdxl``, ``sd15``, ``sit``, ``wan``. Videos have a frame axis: (B, C, F, h, w)."""
+    """One architecture family: ``sdxl``, ``sd15``, ``sd3``, ``flux``, ``sit``, ``wan``.
+
+    Videos have a frame axis: (B, C, F, h, w).
+    """
 
     name: str
     prediction: str
@@ -88,9 +94,18 @@ class Family(Protocol):
 
 
 def coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(α, σ), each (B,) float64, of times (B,) in the model's own units."""
-    times = t.double().cpu().numpy()
-    return torch.from_numpy(schedule.alpha(times)).to(t.device), torch.from_numpy(schedule.sigma(times)).to(t.device)
+    """(α, σ), each (B,) float64, of times (B,) in the model's own units, where t is and without waiting for it."""
+    if isinstance(schedule, Flow):
+        return 1.0 - t.double(), t.double()
+    alpha, sigma = (moved(torch.from_numpy(column), t.device) for column in _columns(schedule))
+    return alpha[t.long()], sigma[t.long()]
+
+
+@lru_cache
+def _columns(schedule: Schedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """α and σ of every timestep of a discrete schedule."""
+    times = np.arange(round(schedule.t_max) + 1)
+    return schedule.alpha(times), schedule.sigma(times)
 
 
 def preview_matrix(latents: Tensor, images: Tensor) -> tuple[tuple[float, float, float], ...]:

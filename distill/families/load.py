@@ -14,22 +14,35 @@ from typing import Any
 
 from distill.bundle import MANIFEST, Bundle, sha256
 from distill.config import DistillRecipe, RecipeError
+from distill.families.flux import Flux
+from distill.families.sd3 import Sd3
 from distill.families.sd15 import Sd15
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.families.wan import Wan
 from distill.hub import is_hub_id, snapshot
 
-FAMILIES: dict[str, Any] = {"sdxl": Sdxl, "sd15": Sd15, "sit": Sit, "wan": Wan}
+FAMILIES: dict[str, Any] = {"sdxl": Sdxl, "sd15": Sd15, "sd3": Sd3, "flux": Flux, "sit": Sit, "wan": Wan}
 PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionPipeline": "sd15",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
     "DiTPipeline": "sit",
     "WanPipeline": "wan",
 }
 """Families by the class that a diffusers folder's model_index.json names."""
 _WANTED = ("*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors")
 _UNWANTED = ("*.fp16*", "*.bf16*", "*non_ema*", "*flax*", "safety_checker/*", "feature_extractor/*", "*_lora*")
+
+
+_OPTIONS = {
+    "size": ("sdxl", "sd15", "sd3", "flux", "wan"),
+    "frames": ("wan",),
+    "shift": ("sd3", "flux", "wan"),
+    "embedded_guidance": ("flux",),
+}
+"""What a recipe may say of a teacher's shape and time, with the families that take it."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,9 @@ def load_teacher(recipe: DistillRecipe) -> Teacher:
 
 def options_for(recipe: DistillRecipe, family: str) -> dict[str, Any]:
     """What a recipe says of the teacher's shape and time. Raises RecipeError for what its family does not have."""
-    takes = {"sdxl": ("size",), "sd15": ("size",), "sit": (), "wan": ("size", "frames", "shift")}[family]
-    given = {key: getattr(recipe, key) for key in ("size", "frames", "shift") if getattr(recipe, key) is not None}
+    given = {key: getattr(recipe, key) for key in _OPTIONS if getattr(recipe, key) is not None}
     for key, value in given.items():
-        if key not in takes:
+        if family not in _OPTIONS[key]:
             raise RecipeError(f"{key} is {value}, which the {family} family does not take; drop it")
     return given
 

@@ -19,6 +19,8 @@ class Parts:
     """Frozen modules as attributes (None where a family has none), moved together and never trained."""
 
     part_names: tuple[str, ...] = ()
+    placed = torch.device("cpu")
+    """Where a family without parts makes its conditions."""
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -29,10 +31,11 @@ class Parts:
     @property
     def device(self) -> torch.device:
         """Where conditions are made and latents are decoded."""
-        return next((p.device for part in self.parts.values() for p in part.parameters()), torch.device("cpu"))
+        return next((p.device for part in self.parts.values() for p in part.parameters()), self.placed)
 
     def to(self, device: torch.device | str) -> Self:
         """Move every frozen part."""
+        self.placed = torch.device(device)
         for part in self.parts.values():
             part.to(device)
         return self

@@ -37,6 +37,15 @@ _CLIP_BIG_G = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+_T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
 _UMT5_XXL = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -58,6 +67,24 @@ def _vae(sample_size: int, scaling_factor: float) -> dict[str, Any]:
         "latent_channels": 4,
         "sample_size": sample_size,
         "scaling_factor": scaling_factor,
+    }
+
+
+def _vae_of_16(scaling_factor: float, shift_factor: float) -> dict[str, Any]:
+    """Stable Diffusion 3's and FLUX's autoencoder: 16 channels, a mean beside the deviation."""
+    constants = {"shift_factor": shift_factor, "use_quant_conv": False, "use_post_quant_conv": False}
+    return {**_vae(1024, scaling_factor), **constants, "latent_channels": 16}
+
+
+def _sd3(transformer: dict[str, Any]) -> Configs:
+    shared = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64}
+    return {
+        "transformer": {**shared, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, **transformer},
+        "vae": _vae_of_16(1.5305, 0.0609),
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _CLIP_BIG_G,
+        "text_encoder_3": _T5_XXL,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
     }
 
 
@@ -86,6 +113,49 @@ SD15: Configs = {
     "vae": _vae(512, 0.18215),
     "text_encoder": _CLIP_L,
     "scheduler": {"_class_name": "PNDMScheduler", **_SCALED_LINEAR},
+}
+SD3_MEDIUM = _sd3(
+    {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+)
+SD35_MEDIUM = _sd3(
+    {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": list(range(13)),
+    }
+)
+SD35_LARGE = _sd3(
+    {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "pos_embed_max_size": 192,
+        "qk_norm": "rms_norm",
+    }
+)
+FLUX_DEV: Configs = {
+    "transformer": {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": True},
+    "vae": _vae_of_16(0.3611, 0.1159),
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _T5_XXL,
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+}
+FLUX_SCHNELL: Configs = {
+    **FLUX_DEV,
+    "transformer": {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": False},
+    "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0},
 }
 SIT_XL_2: Configs = {
     "transformer": {
@@ -116,11 +186,23 @@ WAN_14B: Configs = {
 PUBLISHED: dict[str, tuple[str, Configs]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", SDXL),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd15", SD15),
+    "stabilityai/stable-diffusion-3-medium-diffusers": ("sd3", SD3_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-medium": ("sd3", SD35_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": ("sd3", SD35_LARGE),
+    "black-forest-labs/FLUX.1-dev": ("flux", FLUX_DEV),
+    "black-forest-labs/FLUX.1-schnell": ("flux", FLUX_SCHNELL),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan", WAN_1_3B),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("wan", WAN_14B),
 }
 """Hub ids with their families and configs."""
-USUAL: dict[str, Configs] = {"sdxl": SDXL, "sd15": SD15, "sit": SIT_XL_2, "wan": WAN_1_3B}
+USUAL: dict[str, Configs] = {
+    "sdxl": SDXL,
+    "sd15": SD15,
+    "sd3": SD3_MEDIUM,
+    "flux": FLUX_DEV,
+    "sit": SIT_XL_2,
+    "wan": WAN_1_3B,
+}
 """What a family's teacher is when its folder is not there yet."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,31 @@ def discrete(config: dict[str, Any], where: str) -> tuple[str, ScaledLinear]:
     return names[kind], schedule
 
 
-def flow(config: dict[str, Any], where: str, shift: float | None = None) -> Flow:
-    """Schedule of a flow-matching model. shift: in the place of the folder's (flow_shift of UniPC, shift of Euler)."""
+def flow(config: dict[str, Any], where: str, shift: float | None = None, *, tokens: int | None = None) -> Flow:
+    """Schedule of a flow-matching model. shift: in the place of the folder's (flow_shift of UniPC, shift of Euler).
+
+    tokens: of a picture, where the shift depends on the resolution (Esser et al., arXiv 2403.03206, §5.3.2): e^μ, with
+    μ linear in the tokens between ``base_image_seq_len`` and ``max_image_seq_len``, as FLUX and diffusers have it.
+    """
     if not is_flow(config):
         raise ValueError(f"{where} is {config.get('_class_name')!r}, which is no flow-matching scheduler")
-    return Flow(float(config.get("flow_shift", config.get("shift", 1.0))) if shift is None else shift)
+    if shift is not None:
+        return Flow(shift)
+    if config.get("use_dynamic_shifting"):
+        return Flow(_dynamic_shift(config, where, tokens))
+    return Flow(float(config.get("flow_shift", config.get("shift", 1.0))))
+
+
+def _dynamic_shift(config: dict[str, Any], where: str, tokens: int | None) -> float:
+    kind = config.get("time_shift_type", "exponential")
+    if tokens is None or kind != "exponential" or config.get("shift_terminal"):
+        raise ValueError(
+            f"{where} shifts time by resolution (time_shift_type {kind!r}, shift_terminal "
+            f"{config.get('shift_terminal')}) in a way that this family does not have; give shift in the recipe"
+        )
+    low, high = float(config.get("base_image_seq_len", 256)), float(config.get("max_image_seq_len", 4096))
+    least, most = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+    return math.exp(least + (most - least) * (tokens - low) / (high - low))
 
 
 def is_flow(config: dict[str, Any]) -> bool:

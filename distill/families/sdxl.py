@@ -25,6 +25,7 @@ from distill.families.schedulers import PREDICTION_TYPES, discrete, read_config
 from distill.families.stable_diffusion import StableDiffusion
 from distill.families.taps import tapped
 from distill.math import convert
+from distill.parallel.device import moved
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze
 
@@ -158,8 +159,8 @@ class Sdxl(StableDiffusion):
 
     def _time_ids(self, x_t: Tensor) -> Tensor:
         height, width = x_t.shape[-2] * self.stride, x_t.shape[-1] * self.stride
-        row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
-        return row.expand(len(x_t), 6)
+        row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return moved(row, x_t.device).expand(len(x_t), 6)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:

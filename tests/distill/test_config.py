@@ -256,7 +256,10 @@ def test_recipes_cannot_be_changed_after_they_were_checked() -> None:
         (distil(steps=[1], timesteps=[999, 399]), "timesteps has 2 entries for steps [1]; name one grid"),
         (distil(steps=[2], timesteps=[399, 999]), "timesteps is (399.0, 999.0); give different times, the latest"),
         (distil(steps=[2], timesteps=[399, 399]), "give different times, the latest first"),
-        (distil(family="flux"), "family: Input should be 'sdxl', 'sd15', 'sit' or 'wan' (got 'flux')"),
+        (
+            distil(family="pixart"),
+            "family: Input should be 'sdxl', 'sd15', 'sd3', 'flux', 'sit' or 'wan' (got 'pixart')",
+        ),
     ],
 )
 def test_a_teachers_family_and_grid_are_checked(tree: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ def recipe(teacher: str | Path, **changes: Any) -> Any:
     return parse_recipe(tree | changes)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd15", "sit", "wan"])
+@pytest.mark.parametrize("name", ["sdxl", "sd15", "sd3", "flux", "sit", "wan"])
 def test_a_diffusers_folder_says_its_family(name: str, tiny_teacher: Folder) -> None:
     assert family_of(tiny_teacher(name)) == name
     loaded = load_teacher(recipe(tiny_teacher(name)))
@@ -41,6 +41,8 @@ def test_a_recipe_sets_size_frames_shift_and_grid(tiny_teacher: Folder) -> None:
     assert sdxl.schedule.grid(1).tolist() == [399.0] and sdxl.schedule.t_first == 399.0
     assert sdxl.schedule.grid(4).tolist() == [999.0, 749.0, 499.0, 249.0]
     assert wan.schedule.t_first == 1.0
+    flux = load_teacher(recipe(tiny_teacher("flux"), size=[48, 32], shift=2.0, embedded_guidance=1.5)).family
+    assert (flux.latent_shape(), flux.schedule.shift, flux.guidance) == ((4, 8, 12), 2.0, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_a_recipe_sets_size_frames_shift_and_grid(tiny_teacher: Folder) -> None:
     [
         ("sit", {"size": [16, 16]}, r"size is \(16, 16\), which the sit family does not take; drop it"),
         ("sdxl", {"shift": 3.0}, "shift is 3.0, which the sdxl family does not take"),
+        ("sd3", {"embedded_guidance": 3.5}, "embedded_guidance is 3.5, which the sd3 family does not take"),
         ("sit", {"steps": [1], "timesteps": [399]}, "timesteps has 399; the teacher's time ends at 1"),
     ],
 )
@@ -61,8 +64,8 @@ def test_what_a_family_does_not_have_is_refused(
 def test_folders_of_other_pipelines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"has neither bundle.json nor model_index.json"):
         family_of(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(RecipeError, match="is a FluxPipeline; give the folder of StableDiffusionXLPipeline or"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
+    with pytest.raises(RecipeError, match="is a PixArtSigmaPipeline; give the folder of StableDiffusionXLPipeline or"):
         family_of(tmp_path)
 
 

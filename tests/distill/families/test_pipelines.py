@@ -12,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     LCMScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     WanPipeline,
@@ -20,8 +22,10 @@ from diffusers import (
 from diffusers.pipelines.dit import pipeline_dit
 from torch import Tensor
 
+from distill.families.flux import pack
 from distill.families.load import FAMILIES
 from distill.families.published import SIT_XL_2
+from distill.families.schedulers import flow
 from distill.families.sit import Sit
 from distill.families.wan import NEGATIVE_PROMPT
 from distill.sampling import noise, ode_table, student_table
@@ -94,6 +98,33 @@ def test_a_saved_student_of_one_step_paints_the_same_in_diffusers(
     table = student_table(family.schedule, family.prediction, family.schedule.grid(1))
     found = family.decode(sample(family, network, table, family.encode(PROMPTS), SEEDS))
     close((found / 2 + 0.5).clamp(0, 1), expected)
+
+
+def test_sd3_paints_what_diffusers_paints(tiny_teacher: Folder) -> None:
+    family, network = FAMILIES["sd3"].from_folder(tiny_teacher("sd3"), size=(48, 32))
+    pipeline = quiet(StableDiffusion3Pipeline.from_pretrained(tiny_teacher("sd3")))
+    pipeline.scheduler = Uniform.from_config(pipeline.scheduler.config, stochastic_sampling=False)
+    expected = pipeline(
+        PROMPTS, width=48, height=32, latents=latents(family), num_inference_steps=4, guidance_scale=3.0,
+        output_type="pt",
+    ).images  # fmt: skip
+    assert pipeline.scheduler.sigmas[:4].tolist() == pytest.approx([1, 0.9, 0.75, 0.5], abs=1e-4)
+    close(ours(family, network.eval(), PROMPTS, 4, 3.0), expected)
+
+
+@pytest.mark.parametrize("true_guidance", [1.0, 3.0])
+def test_flux_paints_what_diffusers_paints(true_guidance: float, tiny_teacher: Folder) -> None:
+    family, network = FAMILIES["flux"].from_folder(tiny_teacher("flux"), size=(48, 32), embedded_guidance=2.5)
+    pipeline = quiet(FluxPipeline.from_pretrained(tiny_teacher("flux")))
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**dynamic)
+    family.schedule = flow({"_class_name": "FlowMatchEulerDiscreteScheduler", **dynamic}, "here", tokens=4 * 6)
+    expected = pipeline(
+        PROMPTS, negative_prompt=[""] * 2, width=48, height=32, latents=pack(latents(family)), num_inference_steps=4,
+        guidance_scale=2.5, true_cfg_scale=true_guidance, output_type="pt",
+    ).images  # fmt: skip
+    assert pipeline.scheduler.sigmas[:4].tolist() == pytest.approx(family.schedule.grid(4).tolist(), abs=1e-4)
+    close(ours(family, network.eval(), PROMPTS, 4, true_guidance), expected)
 
 
 def test_wan_films_what_diffusers_films(tiny_teacher: Folder) -> None:
