@@ -15,7 +15,8 @@ m(x, t, c, g) stands for u + g·(c − u). So a recipe has two numbers. ``embedd
 with and without the prompt, as diffusers' pipeline does; ``guidance`` is ω of the teacher's second, true guidance
 m("", g) + ω·(m(c, g) − m("", g)), diffusers' ``true_cfg_scale``. With ω = 1 the guidance that a student inherits is g,
 inside the conditional prediction, and the alignment term (ω − 1)·d_ca of AMD's equation 10 is zero: α has nothing to
-weight and adaptation acts through β alone. With ω > 1 both act, over a prediction that is guided already unless g = 1.
+weight and adaptation acts through β alone. With ω > 1 both act, over a prediction that is guided already unless g = 1,
+where m(x, t, c, 1) stands for c itself and ω has its usual meaning: what recipes/flux-dev-amd-4step.yaml does.
 FLUX.1-schnell has no such input and no guidance.
 """
 

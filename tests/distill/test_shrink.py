@@ -20,6 +20,8 @@ PRODUCTION = sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.startsw
 PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd15": "StableDiffusionPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
     "sit": "DiTPipeline",
     "wan": "WanPipeline",
 }
