@@ -32,6 +32,7 @@ from tqdm import tqdm
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
 from distill.parallel.mean import Average
+from distill.parallel.saver import Saver
 from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard, sum_groups
 from distill.parallel.world import world
 from distill.telemetry.sink import Sink, Total, Value
@@ -125,6 +126,7 @@ class Trainer:
             raise TrainingError(f"{self.recipe.name}: {error}") from None
         self.optimizers = {role: _adamw(task.roles[role], task.optimizers[role]) for role in task.roles}
         self.ema = {role: Average(module) for role, module in task.roles.items()} if self.recipe.ema else {}
+        self.saver = Saver(self.world)
         self._stop: int | None = None
 
     def _place(self) -> None:
@@ -156,7 +158,7 @@ class Trainer:
             self._initialise(Path(recipe.initialise_from))
         sink = Sink(self.folder, self.iteration) if self.world.leader else _Kept()
         bar = tqdm(total=recipe.iterations, initial=self.iteration, desc=recipe.name, unit="it", disable=self.quiet)
-        with self._signals(), contextlib.closing(sink), contextlib.closing(bar):
+        with self._named(), self._signals(), contextlib.closing(sink), contextlib.closing(bar), self.saver:
             while self.iteration < recipe.iterations:
                 telemetry = self._step()
                 self.iteration += 1
@@ -172,9 +174,13 @@ class Trainer:
                 if (self.iteration % recipe.preview_every == 0 or last) and self._joins:
                     with self.averaged():
                         sink.picture(self.iteration, self.task.preview())
-                stop = self.world.most(self._stop or 0)
+                stop, failed = map(max, zip(*self.world.gather((self._stop or 0, self.saver.failed)), strict=True))
+                if failed:
+                    self.saver.wait()
                 if self.iteration % recipe.save_every == 0 or last or stop:
-                    self.save()
+                    self._save()
+                if last or stop:
+                    self.saver.wait()
                 if stop and not last:
                     log.warning("stopped by signal %d at iteration %d; continue with --resume", stop, self.iteration)
                     return False
@@ -246,6 +252,7 @@ class Trainer:
             if self.world.most(not finite):
                 raise self._not_finite(phase.role)
             telemetry[f"{phase.role}/grad_norm"] = [norm]
+            self.saver.settle()
             optimizer.step()
             for each in self.optimizers.values():
                 each.zero_grad(set_to_none=True)
@@ -257,6 +264,7 @@ class Trainer:
         return telemetry
 
     def _not_finite(self, role: str) -> TrainingError:
+        self.saver.drain()
         saved = checkpoint.saved(self.folder)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
         return TrainingError(
@@ -303,16 +311,27 @@ class Trainer:
 
     def save(self) -> Path:
         """Write checkpoints/step-N (distill.parallel.checkpoint). Raises TrainingError if it cannot be written."""
+        with self._named():
+            self._save()
+            written = self.saver.wait()
+        assert written is not None
+        return written
+
+    def _save(self) -> None:
+        """Begin to write checkpoints/step-N; training may go on."""
         facts = {
             "task": self.recipe.task,
             "name": self.recipe.name,
             "ranks": self.world.size,
             "recipe": self.recipe.model_dump(mode="json"),
         }
+        self.saver.start(self.folder, self.iteration, self._tensors(), facts, keep=self.recipe.keep_checkpoints)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """A checkpoint that could not be written ends training with the recipe's name."""
         try:
-            return checkpoint.write(
-                self.folder, self.iteration, self._tensors(), facts, self.world, keep=self.recipe.keep_checkpoints
-            )
+            yield
         except checkpoint.CheckpointError as error:
             raise TrainingError(f"{self.recipe.name}: {error}") from None
 

@@ -5,8 +5,9 @@
                                 COMPLETE                                                 bytes and sha256 of each file
 
 Everything is written under step-N.tmp, synced to disk, described in COMPLETE, and renamed: a reader sees all of it or
-nothing. Ranks write and read through torch.distributed.checkpoint, whose safetensors storage knows the offsets of each
-shard; the file of one process is the special case of one shard. Ranks on several machines need a common file system.
+nothing. distill.parallel.saver does so while training goes on. Ranks write and read through
+torch.distributed.checkpoint, whose safetensors storage knows the offsets of each shard; the file of one process is the
+special case of one shard. Ranks on several machines need a common file system.
 """
 
 from __future__ import annotations
@@ -52,14 +53,17 @@ def write(
 ) -> Path:
     """Write checkpoints/step-N under a run's folder from all ranks, then delete all but ``keep`` up to N.
 
-    Raises CheckpointError if any rank fails, and leaves older checkpoints as they are.
+    tensors: on the CPU, what this rank writes (distill.parallel.snapshot): each whole tensor on one rank, each shard on
+    one. world: the ranks in the group of the calling thread. Raises CheckpointError if any rank fails, and leaves older
+    checkpoints as they are.
     """
     final = folder / "checkpoints" / f"step-{iteration:07d}"
     temporary = final.with_suffix(".tmp")
 
     def prepare() -> None:
         if world.leader:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in final.parent.glob("step-*.tmp"):  # of runs that were killed while they wrote
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
 
     def finish() -> None:
@@ -134,13 +138,10 @@ def read(checkpoint: Path, tensors: Mapping[str, Tensor], world: World) -> None:
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     if world.size == 1:
-        save_file(
-            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, folder / "state.safetensors"
-        )
+        save_file(dict(tensors), folder / "state.safetensors")
         return
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _quiet():
-        save({name: t.detach() for name, t in tensors.items()}, storage_writer=writer)
+    save(dict(tensors), storage_writer=writer, process_group=world.group)
 
 
 def _mine(folder: Path, world: World) -> list[Path]:

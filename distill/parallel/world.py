@@ -23,10 +23,11 @@ DEVICE = torch.device("cpu")
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run; one process is a world of one, and talks to nobody."""
+    """The ranks of this run; one process is a world of one, and talks to nobody. group: where they talk, or torch's."""
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def leader(self) -> bool:
@@ -48,7 +49,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def most(self, value: int) -> int:
@@ -58,7 +59,11 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
+
+    def apart(self) -> World:
+        """The same ranks in a group of their own, in which another thread may talk; all of them must call it."""
+        return World(self.rank, self.size, dist.new_group(backend="gloo") if self.size > 1 else None)
 
 
 def world() -> World:

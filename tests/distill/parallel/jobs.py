@@ -77,7 +77,7 @@ def killed(models: str, folder: str, overrides: list[str], moment: str) -> None:
         return phases(iteration)
 
     def torn(temporary: Path, final: Path, *rest: object) -> None:
-        if made.iteration == made.recipe.iterations:
+        if final.name.endswith(f"-{made.recipe.iterations:07d}"):
             os.kill(os.getpid(), signal.SIGKILL)
         finish(temporary, final, *rest)
 
