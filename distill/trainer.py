@@ -31,11 +31,12 @@ from tqdm import tqdm
 
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
+from distill.parallel.device import device, prepare
 from distill.parallel.mean import Average
 from distill.parallel.saver import Saver
 from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard, sum_groups
 from distill.parallel.world import world
-from distill.telemetry.sink import Sink, Total, Value
+from distill.telemetry.sink import Sink, Total, Value, fetched, on_host
 
 log = logging.getLogger(__name__)
 Telemetry = Mapping[str, Value]
@@ -117,6 +118,8 @@ class Trainer:
 
     def __init__(self, task: Task, folder: Path, *, quiet: bool = False) -> None:
         self.task, self.recipe, self.folder, self.world = task, task.recipe, folder, world()
+        self.device = device()
+        prepare(self.device)
         self.quiet = quiet or not self.world.leader
         self.iteration = 0
         try:
@@ -169,11 +172,12 @@ class Trainer:
                     sink.add({name: [value] for name, value in probed.items()} if self.world.leader else {})
                 last = self.iteration == recipe.iterations
                 if self.iteration % recipe.log_every == 0 or last:
-                    sink.values = _merged(self.world.gather(_on_cpu(sink.values)), sink.values)
+                    sink.add(self._peak())
+                    sink.values = _merged(self.world.gather(on_host(sink.values)))
                     bar.set_postfix(sink.flush(self.iteration, recipe.batch_size))
                 if (self.iteration % recipe.preview_every == 0 or last) and self._joins:
                     with self.averaged():
-                        sink.picture(self.iteration, self.task.preview())
+                        sink.picture(self.iteration, self.task.preview().cpu())
                 stop, failed = map(max, zip(*self.world.gather((self._stop or 0, self.saver.failed)), strict=True))
                 if failed:
                     self.saver.wait()
@@ -208,7 +212,8 @@ class Trainer:
             module.eval()
         try:
             # A network's own dropout must not move training's stream.
-            with torch.random.fork_rng(devices=[]), self._probe_folder() as folder:
+            gpus = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=gpus), self._probe_folder() as folder:
                 telemetry = self.task.probe(folder, self.iteration)
         finally:
             for module, mode in modes.items():
@@ -230,8 +235,12 @@ class Trainer:
             yield folder if self.world.leader else own
 
     def _step(self) -> dict[str, list[Value]]:
-        """One iteration; telemetry as one value per micro-batch."""
+        """One iteration; telemetry as one value per micro-batch.
+
+        Whether numbers are finite is asked once at its end, since each look at a number waits for the device.
+        """
         telemetry: dict[str, list[Value]] = {}
+        seen: dict[str, list[Tensor]] = {}
         for phase in self.task.phases(self.iteration):
             began = time.process_time()
             optimizer, settings = self.optimizers[phase.role], self.task.optimizers[phase.role]
@@ -243,14 +252,13 @@ class Trainer:
                 sum_groups(self._networks, last=micro == self.micros[-1])
                 loss, values = phase.loss(micro)
                 (loss / len(self.micros)).backward()
+                seen.setdefault(phase.role, []).append(loss.detach())
                 for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
                     telemetry.setdefault(name, []).append(value)
             gradients.average(role.parameters(), self.world)
             let_go(self._networks)
             norm = gradients.clip(role.parameters(), settings.clip)
-            finite = all(math.isfinite(float(v)) for v in (norm, *telemetry[f"{phase.role}/loss"]))
-            if self.world.most(not finite):
-                raise self._not_finite(phase.role)
+            seen[phase.role].append(norm)
             telemetry[f"{phase.role}/grad_norm"] = [norm]
             self.saver.settle()
             optimizer.step()
@@ -261,7 +269,24 @@ class Trainer:
             if phase.after is not None:
                 phase.after()
             telemetry[f"cpu_seconds/{phase.role}"] = [Total(time.process_time() - began)]
+        self._check(seen)
         return telemetry
+
+    def _check(self, seen: Mapping[str, Sequence[Tensor]]) -> None:
+        """Raises TrainingError for the first role of which any rank has seen a number that is not finite."""
+        numbers = dict(
+            zip(seen, fetched([torch.stack(list(some)).isfinite().all() for some in seen.values()]), strict=True)
+        )
+        wrong = [i for i, finite in enumerate(numbers.values()) if not finite]
+        first = min(self.world.gather(min(wrong, default=len(seen))))
+        if first < len(seen):
+            raise self._not_finite(list(seen)[first])
+
+    def _peak(self) -> dict[str, list[Value]]:
+        """The most memory that this rank's GPU has held, GiB."""
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_gib": [torch.cuda.max_memory_allocated(self.device) / 2**30]}
 
     def _not_finite(self, role: str) -> TrainingError:
         self.saver.drain()
@@ -434,8 +459,12 @@ def _blank(optimizer: torch.optim.Optimizer, stored: Mapping[str, tuple[int, ...
         if int(index) >= len(parameters):
             raise ValueError(f"it has {prefix}{index} for {len(parameters)} parameters")
         like = parameters[int(index)]
-        states.setdefault(int(index), {})[name] = torch.zeros(()) if name == "step" else torch.zeros_like(like)
+        states.setdefault(int(index), {})[name] = _zero(like) if name == "step" else torch.zeros_like(like)
     return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), device=like.device)
 
 
 class _Kept:
@@ -459,14 +488,7 @@ class _Kept:
         pass
 
 
-def _merged(told: Sequence[Mapping[str, list[Value]]], own: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
+def _merged(told: Sequence[Mapping[str, list[Value]]]) -> dict[str, list[Value]]:
     """The values of all ranks in the order of ranks, which is that of micro-batches."""
-    if len(told) == 1:
-        return dict(own)
     names = dict.fromkeys(name for values in told for name in values)
     return {name: [value for values in told for value in values.get(name, ())] for name in names}
-
-
-def _on_cpu(values: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
-    """Values that can travel: no graphs, no devices."""
-    return {name: [v.detach().cpu() if isinstance(v, Tensor) else v for v in some] for name, some in values.items()}

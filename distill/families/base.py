@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill.parallel.device import moved
-from distill.sampling import Flow, Schedule
+from distill.sampling import Flow, ScaledLinear, Schedule
 
 Condition = dict[str, Tensor]
 """What a network is conditioned on, by input name; every tensor has the rows of the batch first."""
@@ -97,14 +97,15 @@ def coefficients(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     """(α, σ), each (B,) float64, of times (B,) in the model's own units, where t is and without waiting for it."""
     if isinstance(schedule, Flow):
         return 1.0 - t.double(), t.double()
+    assert isinstance(schedule, ScaledLinear), f"{type(schedule).__name__} is no schedule of ours"
     alpha, sigma = (moved(torch.from_numpy(column), t.device) for column in _columns(schedule))
     return alpha[t.long()], sigma[t.long()]
 
 
 @lru_cache
-def _columns(schedule: Schedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """α and σ of every timestep of a discrete schedule."""
-    times = np.arange(round(schedule.t_max) + 1)
+def _columns(schedule: ScaledLinear) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """α and σ of every timestep."""
+    times = np.arange(schedule.num_timesteps, dtype=np.float64)
     return schedule.alpha(times), schedule.sigma(times)
 
 

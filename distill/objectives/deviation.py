@@ -32,7 +32,7 @@ class ShrunkDeviation(Hook):
         if float(seen) == 0.0:
             return advantage
         own = group_variance(rollout.rewards(), self.group)
-        shrunk = (1 - self.shrinkage) * own + self.shrinkage * variance / seen
+        shrunk = (1 - self.shrinkage) * own + self.shrinkage * float(variance) / float(seen)
         old, new = (v.sqrt().clamp_min(self.floor) + _EPS for v in (own, shrunk))
         factor = (old / new).nan_to_num(1.0).repeat_interleave(self.group)
         rollout.telemetry["sigma_running"] = float((variance / seen).sqrt())
@@ -40,7 +40,7 @@ class ShrunkDeviation(Hook):
 
     @torch.no_grad()
     def after_iteration(self, rollouts: Sequence[Rollout]) -> None:
-        found = torch.cat([group_variance(r.rewards(), self.group) for r in rollouts])
+        found = torch.cat([group_variance(r.rewards(), self.group) for r in rollouts]).cpu()
         found = found[found.isfinite()]
         if len(found):
             self.memory.get_buffer("variance").lerp_(found.mean().reshape(1), 1 - self.decay)

@@ -29,7 +29,7 @@ class FirstStepAnchor(Hook):
 
     def student_weights(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
         keep = self.matching or rollout.index > 0 or rollout.steps == 1
-        weight = torch.full((len(rollout.x),), float(keep))
+        weight = torch.full((len(rollout.x),), float(keep), device=rollout.x.device)
         return weight, weight
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor | None:
@@ -44,5 +44,5 @@ class FirstStepAnchor(Hook):
         """x̂ like start (B, …), where the student's own first step should aim."""
         family = self.roles.family
         end = follow(family, self.roles.teacher, start, rollout.condition, self.path, self.guidance)
-        at_start, at_end = (noise_level(family, t, len(start)) for t in (self.path[0], self.path[-1]))
+        at_start, at_end = (noise_level(family, t, start) for t in (self.path[0], self.path[-1]))
         return ode_target(start, end, at_start, at_end)

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from distill import math
 from distill.families.base import Condition, Prediction, coefficients
 from distill.objectives.plan import Hook, Matching, Rollout, Telemetry, fake_weight, student_weights
+from distill.telemetry.sink import Some
 
 
 def student_loss(
@@ -95,7 +96,7 @@ def match(
         x_c = family.predict(teacher, x_t, t, rollout.condition).x0
         guided = x_c + (guidance - 1.0) * alignment
     x_f = family.predict(fake, x_t, t, rollout.condition).x0
-    ones = torch.ones(len(x))
+    ones = torch.ones(len(x), device=x.device)
     scale = math.normaliser(x, guided)
     return Matching(t, x_t, x_c, x_f, math.dm_displacement(x_c, x_f), alignment, guidance, scale, ones, ones)
 
@@ -128,10 +129,10 @@ def fake_loss(
 
 
 def by_noise(name: str, values: Tensor, fraction: Tensor, bins: int = 5) -> Telemetry:
-    """Means of values (B,) in equal bins of the time axis, by ``name/t0.2-0.4``; bins without a sample are left out."""
+    """Means of values (B,) in equal bins of the time axis, by ``name/t0.2-0.4``; bins without a sample tell nothing."""
     bin_of = (fraction * bins).long().clamp(0, bins - 1)
     edges = [round(i / bins, 2) for i in range(bins + 1)]
-    return {f"{name}/t{edges[i]:g}-{edges[i + 1]:g}": values[bin_of == i].mean() for i in bin_of.unique().tolist()}
+    return {f"{name}/t{edges[i]:g}-{edges[i + 1]:g}": Some(values, bin_of == i) for i in range(bins)}
 
 
 def native(family: Any, prediction: Prediction) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms, buffers
+from distill.parallel.device import moved
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse-kl": torch.ones_like,
@@ -57,10 +58,10 @@ class DivergenceWeight(Hook):
         with torch.no_grad():
             logits = self.adversary.logits(matching.x_t, matching.t, rollout.condition).float()
             ratio = logits.clamp(-10, 10).exp().clamp(*self.bounds)
-            means: Tensor = self.memory.get_buffer("ratio")
+            means, level = (moved(self.memory.get_buffer(name), ratio.device) for name in ("ratio", "level"))
             bins = (matching.t / self.roles.family.schedule.t_max * len(means)).long().clamp_max(len(means) - 1)
             raw = self.h(ratio / means[bins])
-            weight = raw / self.memory.get_buffer("level")
+            weight = raw / level
         rollout.cache["f-distill"] = (bins, ratio, raw)
         rollout.telemetry |= {"f_ratio": ratio.mean(), "f_weight": weight.mean(), "f_weight_max": weight.max()}
         return weight, weight
@@ -70,7 +71,7 @@ class DivergenceWeight(Hook):
         seen = [r.cache["f-distill"] for r in rollouts if "f-distill" in r.cache]
         if not seen:
             return
-        bins, ratio, raw = (torch.cat(column) for column in zip(*seen, strict=True))
+        bins, ratio, raw = (torch.cat(column).cpu() for column in zip(*seen, strict=True))
         means, level = self.memory.get_buffer("ratio"), self.memory.get_buffer("level")
         count = torch.bincount(bins, minlength=len(means))
         fresh = torch.bincount(bins, weights=ratio.double(), minlength=len(means)) / count.clamp_min(1)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from distill.parallel.device import device
 from distill.rewards import DigitClassifier, load_reward
 
 
@@ -22,7 +23,7 @@ class Perception:
     """
 
     def __init__(self, network: Any) -> None:
-        self.network: Any = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False).to(device())
         digits = isinstance(network, DigitClassifier)
         self.size = 8 if digits else int(network.config.vision_config.image_size)
 

@@ -10,6 +10,7 @@ from distill.families.base import coefficients
 from distill.objectives.features import Perception
 from distill.objectives.gan import Adversary
 from distill.objectives.plan import Roles, Rollout, Telemetry, Terms, routed
+from distill.parallel.device import device
 
 
 class Heads(nn.Module):
@@ -44,11 +45,11 @@ class FoundationAdversary(Adversary):
         self.roles, self.look, self.weight, self.ramp = roles, look, weight, ramp
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pixels = roles.family.decode(torch.zeros(1, *roles.family.latent_shape()))
-            self.head = Heads([maps.shape[1] for maps in look.maps(pixels)], width)
+            pixels = roles.family.decode(torch.zeros(1, *roles.family.latent_shape(), device=device()))
+            self.head = Heads([maps.shape[1] for maps in look.maps(pixels)], width).to(device())
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
-        times = torch.full((len(rollout.x),), rollout.t, dtype=torch.float64)
+        times = torch.full((len(rollout.x),), rollout.t, dtype=torch.float64, device=rollout.x.device)
         clean = (1 - coefficients(self.roles.family.schedule, times)[1]).square().float()
         leaf = rollout.samples.float().requires_grad_()
         logits = self._logits(leaf)

@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 from distill.families.base import Condition, coefficients
 from distill.math import add_noise
 from distill.objectives.plan import Hook, Roles, Rollout, Telemetry, Terms, routed, time_at
+from distill.parallel.device import device, normal, uniform
 
 
 class Head(nn.Module):
@@ -72,9 +73,9 @@ class Adversary(Hook):
         self.r1, self.r1_form, self.r1_delta = r1, r1_form, r1_delta
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            x = torch.zeros(1, *roles.family.latent_shape())
-            features = self._features(x, torch.zeros(1, dtype=torch.float64), roles.family.unconditional(1))
-            self.head = Head(*features.shape[1:])
+            x, t = torch.zeros(1, *roles.family.latent_shape()), torch.zeros(1, dtype=torch.float64)
+            features = self._features(x.to(device()), t.to(device()), roles.family.unconditional(1))
+            self.head = Head(*features.shape[1:]).to(device())
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
         leaf = rollout.samples.requires_grad_()
@@ -123,7 +124,7 @@ class Adversary(Hook):
             y_t = y_t.requires_grad_()
             (gradient,) = torch.autograd.grad(self.logits(y_t, t, condition).sum(), y_t, create_graph=True)
             return gradient.float().pow(2).flatten(1).sum(1).mean()
-        u = torch.randn(y_t.shape, generator=rollout.random("gan-r1"))
+        u = normal(y_t.shape, rollout.random("gan-r1"), y_t.device)
         moved = self.logits(y_t + self.r1_delta * u, t, condition)
         return ((moved - self.logits(y_t, t, condition)).float() / self.r1_delta).pow(2).mean()
 
@@ -136,8 +137,8 @@ class Adversary(Hook):
 
     def _draw(self, rollout: Rollout, purpose: str, x: Tensor) -> tuple[Tensor, Tensor]:
         rng = rollout.random(purpose)
-        u = torch.rand(len(x), generator=rng, dtype=torch.float64)
-        return time_at(self.roles.family.schedule, u), torch.randn(x.shape, generator=rng)
+        u = uniform(len(x), rng, x.device)
+        return time_at(self.roles.family.schedule, u), normal(x.shape, rng, x.device)
 
     def _noised(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return add_noise(x, noise, *coefficients(self.roles.family.schedule, t))

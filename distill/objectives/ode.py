@@ -26,15 +26,19 @@ def follow(
     x: (B, …); times fall, in the model's units, and may end with CLEAN.
     """
     for t, t_next in pairwise(times):
-        conditional, empty = both(family, teacher, x, torch.full((len(x),), t, dtype=torch.float64), condition)
+        conditional, empty = both(family, teacher, x, _times(t, x), condition)
         x0, eps = guide(empty.x0, conditional.x0, guidance), guide(empty.eps, conditional.eps, guidance)
-        alpha, sigma = (expand(c, x).to(x) for c in noise_level(family, t_next, len(x)))
+        alpha, sigma = (expand(c, x).to(x) for c in noise_level(family, t_next, x))
         x = alpha * x0 + sigma * eps
     return x
 
 
-def noise_level(family: Any, t: float, n: int) -> tuple[Tensor, Tensor]:
-    """(α, σ) at one time for n rows, each (n,) float64; (1, 0) at CLEAN."""
+def noise_level(family: Any, t: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(α, σ) at one time for the rows of a tensor, each (B,) float64; (1, 0) at CLEAN."""
     if t == CLEAN:
-        return torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    return coefficients(family.schedule, torch.full((n,), t, dtype=torch.float64))
+        return _times(1.0, like), _times(0.0, like)
+    return coefficients(family.schedule, _times(t, like))
+
+
+def _times(t: float, like: Tensor) -> Tensor:
+    return torch.full((len(like),), t, dtype=torch.float64, device=like.device)

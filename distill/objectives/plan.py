@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.families.base import Condition
+from distill.parallel.device import moved
 from distill.sampling import Schedule
+from distill.telemetry.sink import Value
 
-Telemetry = dict[str, Tensor | float]
+Telemetry = dict[str, Value]
 Part = Literal["dm", "ca", "fake"]
 """What is re-noised: for distribution matching, for conditional alignment, or for the fake score's own loss."""
 
@@ -122,7 +124,7 @@ class Hook:
     """What the generated table of methods says of this hook."""
 
     memory: nn.Module | None = None
-    """Buffers that must survive a resumed run."""
+    """What must survive a resumed run: buffers, which stay on the host, or parameters, which the fake score trains."""
 
     def attend(self, rollout: Rollout) -> None:
         """Called before a phase's networks see the samples of a rollout."""
@@ -130,7 +132,7 @@ class Hook:
     def times(self, rollout: Rollout, part: Part, rng: torch.Generator, low: float, high: float) -> Tensor | None:
         """Where ``part`` is re-noised: fractions (B,) float64 of the time axis in [low, high], 1 = pure noise.
 
-        None leaves it as it is: uniform, and for "ca" the same times and noise as "dm".
+        They lie on the host. None leaves it as it is: uniform, and for "ca" the same times and noise as "dm".
         """
         return None
 
@@ -152,7 +154,7 @@ class Hook:
 
     def student_weights(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
         """(α, β) of the conditional-alignment and the distribution-matching displacement, each (B,)."""
-        ones = torch.ones(len(rollout.x))
+        ones = torch.ones(len(rollout.x), device=rollout.x.device)
         return ones, ones
 
     def limit(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
@@ -165,7 +167,7 @@ class Hook:
 
     def fake_weight(self, rollout: Rollout, t: Tensor) -> Tensor:
         """Weight per sample of the fake score's loss at times t, (B,)."""
-        return torch.ones(len(rollout.x))
+        return torch.ones(len(rollout.x), device=rollout.x.device)
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor | None:
         """A further loss on the student's samples, with a graph."""
@@ -202,7 +204,7 @@ def student_weights(hooks: Sequence[Hook], rollout: Rollout, matching: Matching)
 
 def fake_weight(hooks: Sequence[Hook], rollout: Rollout, t: Tensor) -> Tensor:
     """Product of the hooks' weights of the fake loss."""
-    weight = torch.ones(len(rollout.x))
+    weight = torch.ones(len(rollout.x), device=rollout.x.device)
     for hook in hooks:
         weight = weight * hook.fake_weight(rollout, t)
     return weight
@@ -245,12 +247,12 @@ def claimed_times(
     rng: torch.Generator,
     bounds: Sequence[float],
 ) -> Tensor | None:
-    """Times (B,) in the model's units from the hook that claims a part, or None."""
+    """Times (B,) in the model's units, where the samples are, from the hook that claims a part; or None."""
     low, high = bounds
     for hook in hooks:
         fraction = hook.times(rollout, part, rng, low, high)
         if fraction is not None:
-            return time_at(schedule, fraction)
+            return moved(time_at(schedule, fraction), rollout.x.device)
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from distill.objectives.features import Perception
 from distill.objectives.ode import CLEAN, follow
 from distill.objectives.plan import Hook, Roles, Rollout, Terms
+from distill.parallel.device import moved
 
 CHUNK = 32
 
@@ -20,7 +21,8 @@ class OdeRegression(Hook):
     λ = 0.25 is the paper's (high confidence). It measures LPIPS of decoded pictures; this the mean square in latents
     or, with ``look``, the distance of decoded pictures in the feature maps of a frozen network, in LPIPS' form but
     without its learned weights, which come from elsewhere. G is the student's first step, which all of its grids share.
-    Pairs are made in chunks of a fixed composition when they are first drawn, so that a resumed run finds the same.
+    Pairs are made in chunks of a fixed composition when they are first drawn, so that a resumed run finds the same, and
+    are kept on the host.
     """
 
     terms = Terms(extra="λ·‖G(z) − y‖² on ODE pairs")
@@ -48,17 +50,17 @@ class OdeRegression(Hook):
         chunk = index // CHUNK
         if chunk not in self._targets:
             rows = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            condition = self.roles.family.encode(self.prompts[rows])
-            self._targets[chunk] = follow(
-                self.roles.family, self.roles.teacher, self.z[rows], condition, self.path, self.guidance
-            )
+            family, condition = self.roles.family, self.roles.family.encode(self.prompts[rows])
+            z = moved(self.z[rows], family.device)
+            self._targets[chunk] = follow(family, self.roles.teacher, z, condition, self.path, self.guidance).cpu()
         return self.z[index], self._targets[chunk][index % CHUNK]
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
         index = torch.randint(self.pairs, (len(rollout.x),), generator=rollout.random("pairs")).tolist()
-        z, y = (torch.stack(column) for column in zip(*map(self.pair, index), strict=True))
+        pairs, place = zip(*map(self.pair, index), strict=True), rollout.x.device
+        z, y = (moved(torch.stack(column), place) for column in pairs)
         family = self.roles.family
-        t = torch.full((len(z),), family.schedule.t_first, dtype=torch.float64)
+        t = torch.full((len(z),), family.schedule.t_first, dtype=torch.float64, device=place)
         x = family.predict(self.roles.student, z, t, family.encode([self.prompts[i] for i in index])).x0
         loss = self._distance(x.float(), y.float())
         rollout.telemetry["regression"] = loss.detach()

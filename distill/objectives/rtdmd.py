@@ -17,6 +17,7 @@ from distill.families.base import coefficients
 from distill.math import add_noise, expand, group_advantage
 from distill.objectives.dmdr import reward_of
 from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms, time_at
+from distill.parallel.device import normal, uniform
 from distill.tasks.common import to_uint8
 
 
@@ -66,11 +67,11 @@ class ScoreConsistency(Hook):
 
     def extra_fake_loss(self, rollout: Rollout) -> Tensor:
         family, x, rng = self.roles.family, rollout.samples, rollout.random("martingale")
-        u, back = (torch.rand(len(x), generator=rng, dtype=torch.float64) for _ in range(2))
+        u, back = (uniform(len(x), rng, x.device) for _ in range(2))
         t, s = (time_at(family.schedule, f) for f in (u, (u - self.span * back).clamp_min(0.0)))
-        x_t = add_noise(x, torch.randn(x.shape, generator=rng), *coefficients(family.schedule, t))
+        x_t = add_noise(x, normal(x.shape, rng, x.device), *coefficients(family.schedule, t))
         h = family.predict(self.roles.fake, x_t, t, rollout.condition).x0
-        steps = [self._back(x_t, h.detach(), t, s, torch.randn(x.shape, generator=rng)) for _ in range(2)]
+        steps = [self._back(x_t, h.detach(), t, s, normal(x.shape, rng, x.device)) for _ in range(2)]
         first, second = (family.predict(self.roles.fake, x_s, s, rollout.condition).x0 - h for x_s in steps)
         loss: Tensor = (first * second).flatten(1).mean()
         rollout.telemetry["consistency"] = loss.detach()
@@ -106,11 +107,12 @@ class PolicyGradient(Hook):
         if rollout.index + 1 == rollout.steps:
             return None
         schedule, n = self.roles.family.schedule, len(rollout.x)
-        grid = [torch.full((n,), float(t), dtype=torch.float64) for t in schedule.grid(rollout.steps)]
+        place = rollout.x.device
+        grid = [torch.full((n,), float(t), dtype=torch.float64, device=place) for t in schedule.grid(rollout.steps)]
         following, rng = grid[rollout.index + 1 :], rollout.random("policy")
         alpha, sigma = (expand(c, rollout.x).float() for c in coefficients(schedule, following[0]))
         mean = alpha * rollout.x.float()
-        reached = mean.detach() + sigma * torch.randn(mean.shape, generator=rng)
+        reached = mean.detach() + sigma * normal(mean.shape, rng, place)
         advantage = self._advantage(self._end(reached, following, rollout, rng), rollout)
         log_p = -(reached - mean).pow(2).flatten(1).mean(1)
         rollout.telemetry["policy_advantage"] = advantage.abs().mean()
@@ -123,7 +125,7 @@ class PolicyGradient(Hook):
         for t, t_next in zip(times, (*times[1:], None), strict=True):
             x0 = family.predict(self.roles.student, x, t, rollout.condition).x0
             if t_next is not None:
-                noise = torch.randn(len(x) // self.group, *x.shape[1:], generator=rng)
+                noise = normal((len(x) // self.group, *x.shape[1:]), rng, x.device)
                 x = add_noise(x0, noise.repeat_interleave(self.group, 0), *coefficients(family.schedule, t_next))
         return x0
 

@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from distill import math
 from distill.families.base import Condition, coefficients
 from distill.objectives.plan import Hook, Matching, Roles, Rollout, Telemetry, buffers, time_at
+from distill.parallel.device import normal, uniform
 
 
 class Ramp(Hook):
@@ -57,9 +58,9 @@ class CoherenceGate(Hook):
     def limit(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
         family, (low, high) = self.roles.family, self.time_range
         rng = rollout.random("coherent")
-        u = torch.rand(len(rollout.x), generator=rng, dtype=torch.float64)
+        u = uniform(len(rollout.x), rng, rollout.x.device)
         t = time_at(family.schedule, low + u * (high - low))
-        noise = torch.randn(rollout.x.shape, generator=rng)
+        noise = normal(rollout.x.shape, rng, rollout.x.device)
         x_t = math.add_noise(rollout.samples, noise, *coefficients(family.schedule, t))
         teacher = family.predict(self.roles.teacher, x_t, t, rollout.condition).x0
         second = math.dm_displacement(teacher, family.predict(self.roles.fake, x_t, t, rollout.condition).x0)
@@ -91,11 +92,11 @@ class TwoKey(Hook):
     @torch.no_grad()
     def residual(self, x: Tensor, condition: Condition, rng: torch.Generator) -> Tensor:
         """mean_τ of mean_chw (x̂_real(x_τ, c) − x)², (B,)."""
-        family, (low, high), total = self.roles.family, self.time_range, torch.zeros(len(x))
+        family, (low, high), total = self.roles.family, self.time_range, torch.zeros(len(x), device=x.device)
         for _ in range(self.draws):
-            u = torch.rand(len(x) // self.group, generator=rng, dtype=torch.float64)
+            u = uniform(len(x) // self.group, rng, x.device)
             t = time_at(family.schedule, low + u * (high - low)).repeat_interleave(self.group)
-            noise = torch.randn(len(x) // self.group, *x.shape[1:], generator=rng).repeat_interleave(self.group, 0)
+            noise = normal((len(x) // self.group, *x.shape[1:]), rng, x.device).repeat_interleave(self.group, 0)
             x_t = math.add_noise(x, noise, *coefficients(family.schedule, t))
             total += (family.predict(self.roles.teacher, x_t, t, condition).x0 - x).pow(2).flatten(1).mean(1)
         return total / self.draws
@@ -143,7 +144,7 @@ class RewardGap(Hook):
     @torch.no_grad()
     def after_iteration(self, rollouts: Sequence[Rollout]) -> None:
         columns = [[r.rewards() for r in rollouts], *([r.heldout[name] for r in rollouts] for name in self.names)]
-        scores = [torch.cat(column).double() for column in columns]
+        scores = [torch.cat(column).double().cpu() for column in columns]
         finite = [column[column.isfinite()] for column in scores]
         if any(len(column) == 0 for column in finite):
             return
@@ -200,7 +201,7 @@ class DiversityWatch(Hook):
     def after_iteration(self, rollouts: Sequence[Rollout]) -> None:
         first, now, seen = (self.memory.get_buffer(name) for name in ("first", "now", "seen"))
         row = self.rows[rollouts[0].steps, rollouts[0].index]
-        spread = torch.cat([group_diversity(r.samples, self.group) for r in rollouts]).double().mean()
+        spread = torch.cat([group_diversity(r.samples, self.group) for r in rollouts]).double().cpu().mean()
         if seen[row] < self.window:
             first[row] += (spread - first[row]) / (seen[row] + 1)
             now[row] = first[row]

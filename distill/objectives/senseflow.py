@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.families.base import coefficients
 from distill.math import expand
 from distill.objectives.ode import CLEAN, follow, noise_level
 from distill.objectives.plan import Hook, Roles, Rollout, Terms, time_at
@@ -53,7 +52,7 @@ class IntraSegmentGuidance(Hook):
         end = following[0] if following else CLEAN
         with torch.no_grad():
             x_m = follow(family, self.roles.teacher, start, rollout.condition, [rollout.t, middle], self.guidance)
-            times = torch.full((len(start),), middle, dtype=torch.float64)
+            times = torch.full((len(start),), middle, dtype=torch.float64, device=start.device)
             x0_m = family.predict(self.roles.student, x_m, times, rollout.condition).x0
             target = self._step(x_m, x0_m, middle, end)
         difference = self._step(start, rollout.x, rollout.t, end) - target
@@ -63,8 +62,6 @@ class IntraSegmentGuidance(Hook):
 
     def _step(self, x_t: Tensor, x0: Tensor, t: float, s: float) -> Tensor:
         """One deterministic step: α_s·x0 + σ_s·(x_t − α_t·x0)/σ_t."""
-        n = len(x_t)
-        a_t, s_t = coefficients(self.roles.family.schedule, torch.full((n,), t, dtype=torch.float64))
-        a_s, s_s = noise_level(self.roles.family, s, n)
+        (a_t, s_t), (a_s, s_s) = (noise_level(self.roles.family, time, x_t) for time in (t, s))
         on_x0, on_x = (expand(c, x_t).to(x_t) for c in (a_s - s_s * a_t / s_t, s_s / s_t))
         return on_x0 * x0 + on_x * x_t

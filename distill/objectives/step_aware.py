@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from distill.objectives.plan import Hook, Roles, Rollout, Terms
+from distill.parallel.device import device
 
 
 class StepAwareFake(Hook):
@@ -37,7 +38,8 @@ class StepAwareFake(Hook):
             raise ValueError(
                 f"{type(roles.fake).__name__} has no time embedding to tell the step; drop step_aware_fake"
             )
-        tables = [nn.Embedding(len(later) + 1, module.linear_2.out_features) for module in places.values()]
+        widths = [module.linear_2.out_features for module in places.values()]
+        tables = [nn.Embedding(len(later) + 1, width).to(device()) for width in widths]
         for table, module in zip(tables, places.values(), strict=True):
             nn.init.zeros_(table.weight)
             module.register_forward_hook(self._adder(table))

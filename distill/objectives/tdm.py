@@ -49,7 +49,7 @@ class SubIntervalMatching(Hook):
 
     def fake_weight(self, rollout: Rollout, t: Tensor) -> Tensor:
         family = self.roles.family
-        weight = torch.ones(len(t))
+        weight = torch.ones(len(t), device=t.device)
         if self.snr_cap is not None:
             weight = min_snr_weight(family.prediction, *coefficients(family.schedule, t), self.snr_cap).float()
         importance = rollout.cache.get("tdm")

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from distill.parallel.device import device
 from distill.parallel.options import Parallel
-from distill.parallel.world import DEVICE
 
 REACHED_INTO = (CombinedTimestepLabelEmbeddings,)
 """Modules that diffusers' networks also call from outside of the block that holds them: each is gathered on its own."""
@@ -35,14 +35,14 @@ _SKELETONS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 def mesh_of(options: Parallel, size: int) -> DeviceMesh:
     """One dimension of shards, or replicas × shards. Raises ValueError if the ranks do not fill it."""
     if options.strategy == "fsdp":
-        return init_device_mesh(DEVICE.type, (size,), mesh_dim_names=("shard",))
+        return init_device_mesh(device().type, (size,), mesh_dim_names=("shard",))
     if size % options.replicas:
         raise ValueError(
             f"parallel.replicas is {options.replicas} for {size} ranks; use a divisor of {size}, such as the number "
             "of machines"
         )
     shape = (options.replicas, size // options.replicas)
-    return init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device().type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(network: nn.Module, blocks: tuple[type[nn.Module], ...], mesh: DeviceMesh, precision: str) -> None:
@@ -143,14 +143,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _fill(module: nn.Module, values: Mapping[str, Tensor], mesh: DeviceMesh | None) -> None:
     """Broadcast rank 0's ``values`` one tensor at a time into a module's tensors."""
     if any(t.is_meta for t in _tensors(module).values()):
-        module.to_empty(device=DEVICE)
+        module.to_empty(device=device())
     filled = set[int]()
     for name, tensor in _tensors(module).items():
         if id(tensor) in filled or name not in values:
             continue
         filled.add(id(tensor))
         value = values[name]
-        value = torch.empty(value.shape, dtype=value.dtype, device=DEVICE) if value.is_meta else value.to(DEVICE)
+        value = torch.empty(value.shape, dtype=value.dtype, device=device()) if value.is_meta else value.to(device())
         value = value.contiguous().clone() if value.data_ptr() == local(tensor).data_ptr() else value.contiguous()
         dist.broadcast(value, 0)
         with torch.no_grad():

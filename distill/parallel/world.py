@@ -14,11 +14,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-DEVICE = torch.device("cpu")
-"""Where ranks compute and what their groups are for. Families and rewards place nothing yet; see docs/scaling.md."""
+from distill.parallel.device import device, prepare
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,11 @@ class World:
 def world() -> World:
     """The world that torchrun's environment describes, joined on first use; a world of one without it."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
+        place = device()
+        prepare(place)
+        if place.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()

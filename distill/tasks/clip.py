@@ -33,6 +33,7 @@ from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import Caption, describe, true_of
 from distill.data.tokenizer import build_tokenizer
 from distill.data.world import COLOURS, MATERIALS, SHAPES, SIZES, Scene, sample_scene
+from distill.parallel.device import device, moved
 from distill.tasks.common import autocast, batch_indices, save_half, to_float
 from distill.tasks.facts import FactsHead, caption_facts, facts_loss, scene_facts
 from distill.trainer import Phase, Telemetry, seeded
@@ -118,13 +119,13 @@ class ClipTask:
         }
         self.heads = nn.ModuleDict({name: FactsHead(width) for name, width in widths.items()})
         parts = {"clip": self.clip, "small": self.small, "heads": self.heads}
-        self.roles: dict[str, nn.Module] = {"clip": nn.ModuleDict(parts)}
+        self.roles: dict[str, nn.Module] = {"clip": nn.ModuleDict(parts).to(device())}
         self.optimizers = {"clip": recipe.optimizer}
         self.images = scene_images(recipe.data.seed, recipe.data.count, recipe.data.size)
 
     def tokens(self, texts: list[str]) -> Tensor:
         ids: Tensor = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return ids
+        return moved(ids, device())
 
     def phases(self, iteration: int) -> list[Phase]:
         return [Phase("clip", lambda micro: self._loss(iteration, micro))]
@@ -137,7 +138,8 @@ class ClipTask:
         captions = [describe(s, rng, full=bool(rng.random() < 0.5)) for s in scenes]
         for _ in range(r.hard_negatives):
             captions += [wrong_caption(s, rng) for s in scenes]
-        ids, pixels = self.tokens([caption.text for caption in captions]), to_float(self.images[index])
+        ids = self.tokens([caption.text for caption in captions])
+        pixels = moved(to_float(self.images[index]), device())
         with autocast(r.precision):
             seen = self.clip.vision_model(pixel_values=pixels).pooler_output
             big = self.clip.text_model(input_ids=ids, output_hidden_states=True)
@@ -145,12 +147,12 @@ class ClipTask:
             image = self.clip.visual_projection(seen)
             embeds = {"big": self.clip.text_projection(big.pooler_output), "small": small.text_embeds}
             end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
-            row = torch.arange(len(ids))
+            row = torch.arange(len(ids), device=ids.device)
             states = {"big": big.hidden_states[-2][row, end], "small": small.hidden_states[-2][row, end]}
             states |= {"pooled": embeds["big"], "image": seen}
             read = {name: head(states[name]) for name, head in self.heads.items()}
-        stated = torch.tensor([caption_facts(caption) for caption in captions])
-        shown = torch.tensor([scene_facts(scene) for scene in scenes])
+        stated = moved(torch.tensor([caption_facts(caption) for caption in captions]), device())
+        shown = moved(torch.tensor([scene_facts(scene) for scene in scenes]), device())
         loss, values = self._contrast(image, embeds)
         for name, logits in read.items():
             facts, values[f"{name}/facts"] = facts_loss(logits, shown if name == "image" else stated)
@@ -160,8 +162,8 @@ class ClipTask:
     def _contrast(self, image: Tensor, embeds: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
         image = normalize(image.float(), dim=-1)
         scale = self.clip.logit_scale.exp().clamp_max(100.0)
-        target = torch.arange(len(image))
-        loss = torch.zeros(())
+        target = torch.arange(len(image), device=image.device)
+        loss = torch.zeros((), device=image.device)
         values: dict[str, Tensor | float] = {"scale": scale.detach()}
         for name, text in embeds.items():
             logits = scale * image @ normalize(text.float(), dim=-1).T
@@ -177,7 +179,7 @@ class ClipTask:
         """How often a held-out picture prefers its own full caption to one with a single wrong fact."""
         rng = seeded(self.recipe.seed, "pairs")
         scenes = [sample_scene(HELD_OUT_SEED, i) for i in range(count)]
-        pixels = to_float(scene_images(HELD_OUT_SEED, count, self.recipe.data.size))
+        pixels = to_float(scene_images(HELD_OUT_SEED, count, self.recipe.data.size)).to(device())
         image = normalize(
             self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output), dim=-1
         )

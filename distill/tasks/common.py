@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distill.parallel.device import device
 from distill.trainer import seeded
 
 
@@ -38,7 +39,7 @@ def freeze(module: nn.Module) -> nn.Module:
 
 def save_half(model: Any, folder: Path) -> None:
     """Write a diffusers or transformers model in float16, to be computed in float32: its config names float32."""
-    copy.deepcopy(model).half().save_pretrained(folder)
+    copy.deepcopy(model).cpu().half().save_pretrained(folder)
     config = folder / "config.json"
     content = json.loads(config.read_text())
     if "dtype" in content:
@@ -46,6 +47,6 @@ def save_half(model: Any, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def autocast(precision: str, device: str = "cpu") -> torch.autocast:
+def autocast(precision: str) -> torch.autocast:
     """Mixed precision for forward passes; float32 leaves everything as it is."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)

@@ -18,10 +18,12 @@ from distill.families.base import Condition, coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.math import add_noise, target_for
+from distill.parallel.device import device, moved, normal
 from distill.provenance import provenance
 from distill.sampling import Flow, Schedule, noise, ode_table
 from distill.tasks.common import autocast, to_uint8
 from distill.tasks.samples import PREVIEW_PROMPTS, samples_for
+from distill.telemetry.sink import Some
 from distill.trainer import Phase, Telemetry, generator
 
 TEACHER_STEPS = (1, 2, 4, 8)
@@ -30,6 +32,7 @@ TEACHER_STEPS = (1, 2, 4, 8)
 def draw_times(schedule: Schedule, n: int, rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
     """n times in [low, high]·t_max, (B,) float64: whole and uniform for discrete schedules, shifted as flows are.
 
+    They lie on the host.
     A flow trained with a time shift spends its capacity there, so its teacher, fake score and sampler share it
     (Self-Forcing warps uniform times and clamps them to the bounds; here they are drawn between the bounds).
     """
@@ -49,17 +52,17 @@ def sample(
 ) -> Tensor:
     """Run a sampler table in torch: clean latents (B, C, h, w). Row i uses noise(seeds[i], 0)."""
     shape = family.latent_shape()
-    draws = torch.stack([torch.from_numpy(noise(seed, 0, shape, len(table))) for seed in seeds])
-    rows = torch.from_numpy(table.rows)
+    drawn = torch.stack([torch.from_numpy(noise(seed, 0, shape, len(table))) for seed in seeds])
+    draws, rows = moved(drawn, device()), table.rows.tolist()
     x = draws[:, 0]
     empty = family.unconditional(len(x))
     for i, t in enumerate(table.timesteps):
-        times = torch.full((len(x),), float(t), dtype=torch.float64)
+        times = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
         x0 = family.predict(network, x, times, condition).x0
         if guidance != 1.0:
             unguided = family.predict(network, x, times, empty).x0
             x0 = unguided + guidance * (x0 - unguided)
-        _, _, u, y, w = rows[i].tolist()
+        _, _, u, y, w = rows[i]
         fresh = draws[:, i + 1] if i + 1 < len(table) else torch.zeros_like(x)
         x = u * x0 + y * x + w * fresh
     return x
@@ -73,7 +76,7 @@ class DiffusionTask:
         model = recipe.model
         self.family: Any = Sdxl.from_source(model) if isinstance(model, SdxlSource) else Sit(model)
         torch.manual_seed(recipe.seed)
-        self.network = self.family.new_network().train()
+        self.network = self.family.to(device()).new_network().train().to(device())
         self.roles: dict[str, nn.Module] = {"teacher": self.network}
         self.optimizers = {"teacher": recipe.optimizer}
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
@@ -85,13 +88,14 @@ class DiffusionTask:
         r, family = self.recipe, self.family
         rng = generator(r.seed, iteration, micro, "noise")
         x0, prompts = self.samples.batch(iteration, micro, r.batch_size // r.accumulate)
+        x0 = moved(x0, device())
         with autocast(r.precision):
             condition, empty = family.encode(prompts), family.unconditional(len(x0))
-        dropped = torch.rand(len(x0), generator=rng) < r.drop_condition
+        dropped = moved(torch.rand(len(x0), generator=rng) < r.drop_condition, x0.device)
         condition = {k: torch.where(_like(dropped, v), empty[k], v) for k, v in condition.items()}
-        t = draw_times(family.schedule, len(x0), rng)
+        t = moved(draw_times(family.schedule, len(x0), rng), x0.device)
         alpha, sigma = coefficients(family.schedule, t)
-        eps = torch.randn(x0.shape, generator=rng)
+        eps = normal(x0.shape, rng, x0.device)
         x_t = add_noise(x0, eps, alpha, sigma)
         with autocast(r.precision):
             prediction = family.predict(self.network, x_t, t, condition)
@@ -100,8 +104,8 @@ class DiffusionTask:
         ]
         errors = (output - target_for(family.prediction, x0, eps, alpha, sigma)).pow(2).flatten(1).mean(1)
         late = t > 0.5 * family.schedule.t_max
-        values = {"noisy_half": errors[late].mean().detach(), "clean_half": errors[~late].mean().detach()}
-        return errors.mean(), {k: v for k, v in values.items() if bool(v.isfinite())}
+        apart = errors.detach()
+        return errors.mean(), {"noisy_half": Some(apart, late), "clean_half": Some(apart, ~late)}
 
     def preview(self) -> Tensor:
         r = self.recipe
@@ -114,7 +118,7 @@ class DiffusionTask:
 
     def finish(self, output: Path) -> None:
         """Write the teacher as a bundle, so that it can be exported, served and scored like any student."""
-        self.family.save(self.network, output)
+        self.family.to("cpu").save(self.network.cpu(), output)
         steps = sorted({*TEACHER_STEPS, self.recipe.sampling_steps})
         tables = {n: Sampler.of(ode_table(self.family.schedule, self.family.prediction, n)) for n in steps}
         manifest = Manifest(

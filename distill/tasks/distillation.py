@@ -29,6 +29,7 @@ from distill.objectives.gan import Adversary
 from distill.objectives.plan import Part, Roles, Rollout, claimed_times, fraction_of, trust
 from distill.objectives.safeguards import group_diversity
 from distill.objectives.weak_to_strong import SharedTeacher
+from distill.parallel.device import device, moved, normal
 from distill.parallel.hollow import hollow
 from distill.parallel.shard import full, whole
 from distill.parallel.world import world
@@ -45,6 +46,7 @@ from distill.tasks.samples import samples_for
 from distill.tasks.video import judge_for, stills
 from distill.telemetry.counters import Passes
 from distill.telemetry.probe import LOW, Probe
+from distill.telemetry.sink import Some
 from distill.trainer import Phase, Telemetry, generator, seeded
 
 
@@ -56,14 +58,16 @@ class DistillationTask:
         self.world = world()
         with hollow(not self.world.leader and recipe.gan is None):  # the head of a GAN is made to measure on a pass
             self.loaded = load_teacher(recipe)
-        self.family = self.loaded.family
+        self.family = self.loaded.family.to(device())
+        if recipe.gan or (self.world.leader and not self._in_shards):  # the host holds what is cut, so it need not fit
+            self.loaded.network.to(device())
         self.held = self._roles(self.loaded.network)
         self.teacher, self.student, self.fake = self.held.teacher, self.held.student, self.held.fake
         self.roles: dict[str, nn.Module] = {"student": self.student, "fake": self.fake}
         self.optimizers = {"student": recipe.student, "fake": recipe.fake}
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
-        self.reward = judge_for(self.family, load_reward(recipe.advantage.reward)) if recipe.advantage else None
-        self.heldout = [judge_for(self.family, load_reward(folder)) for folder in recipe.heldout_rewards]
+        self.reward = self._judge(recipe.advantage.reward) if recipe.advantage else None
+        self.heldout = [self._judge(name) for name in recipe.heldout_rewards]
         if recipe.advantage:
             check_judges(recipe.advantage.reward, self.reward, recipe.heldout_rewards, self.heldout)
         roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
@@ -79,6 +83,13 @@ class DistillationTask:
         self.passes = Passes({"teacher": self.teacher, **self.roles, "fake": self.fake})
         self.probe_every = recipe.telemetry.every
         self._probe: Probe | None = None
+
+    @property
+    def _in_shards(self) -> bool:
+        return self.world.size > 1 and self.recipe.parallel.strategy != "ddp"
+
+    def _judge(self, name: str) -> Any:
+        return judge_for(self.family, load_reward(name).to(device()))
 
     def _roles(self, network: Any) -> Networks:
         """Three networks, or a base with adapters; trained ones compute their blocks again if the recipe says so."""
@@ -176,7 +187,7 @@ class DistillationTask:
         """Real latents and their conditions, drawn apart from the prompts of the rollouts."""
         size = self.recipe.batch_size // self.recipe.accumulate
         x, prompts = self.samples.batch(iteration, micro + 2 * self.recipe.accumulate, size)
-        return x, self.family.encode(prompts)
+        return moved(x, device()), self.family.encode(prompts)
 
     def _renoise(
         self, rollout: Rollout, part: Part, rng: torch.Generator, bounds: tuple[float, float]
@@ -185,8 +196,8 @@ class DistillationTask:
         schedule = self.family.schedule
         t = claimed_times(self.hooks, schedule, rollout, part, rng, bounds)
         if t is None:
-            t = draw_times(schedule, len(rollout.x), rng, *bounds)
-        noise = torch.randn(rollout.x.shape, generator=rng)
+            t = moved(draw_times(schedule, len(rollout.x), rng, *bounds), rollout.x.device)
+        noise = normal(rollout.x.shape, rng, rollout.x.device)
         for hook in self.hooks:
             noise = hook.noise(rollout, part, t, noise)
         return t, noise
@@ -194,7 +205,7 @@ class DistillationTask:
     def _apart(self, rollout: Rollout, rng: torch.Generator) -> tuple[Tensor, Tensor] | None:
         """Times and noise of the alignment's part if a hook re-noises it apart from matching."""
         t = claimed_times(self.hooks, self.family.schedule, rollout, "ca", rng, self.recipe.time_range)
-        return None if t is None else (t, torch.randn(rollout.x.shape, generator=rng))
+        return None if t is None else (t, normal(rollout.x.shape, rng, rollout.x.device))
 
     def _rollout(self, iteration: int, micro: int, *, graph: bool) -> Rollout:
         """Draw prompts, K and k, simulate the steps before k, and predict the clean sample of step k."""
@@ -209,17 +220,18 @@ class DistillationTask:
         steps = int(choice.choice(r.steps, p=[w / sum(weights) for w in weights]))
         index = int(choice.integers(steps))
         rng = generator(r.seed, iteration, micro, "rollout")
-        grid = torch.from_numpy(family.schedule.grid(steps))
-        x = torch.randn(size, *family.latent_shape(), generator=rng)
+        grid = family.schedule.grid(steps)
+        times = moved(torch.from_numpy(grid), device())[:, None].expand(-1, size)
+        x = normal((size, *family.latent_shape()), rng, device())
         with autocast(r.precision):
             with torch.no_grad():
                 for i in range(index):
-                    step = family.predict(self.student, x, grid[i].expand(size), condition)
-                    alpha, sigma = coefficients(family.schedule, grid[i + 1].expand(size))
+                    step = family.predict(self.student, x, times[i], condition)
+                    alpha, sigma = coefficients(family.schedule, times[i + 1])
                     fresh = r.sampler == "stochastic"
-                    x = add_noise(step.x0, torch.randn(x.shape, generator=rng) if fresh else step.eps, alpha, sigma)
+                    x = add_noise(step.x0, normal(x.shape, rng, x.device) if fresh else step.eps, alpha, sigma)
             with torch.set_grad_enabled(graph):
-                prediction = family.predict(self.student, x, grid[index].expand(size), condition)
+                prediction = family.predict(self.student, x, times[index], condition)
         levels = [fraction_of(family.schedule, float(t)) for t in grid] + [0.0]
         rollout = Rollout(
             prediction.x0,
@@ -253,7 +265,7 @@ class DistillationTask:
         if settings is None or self.reward is None:
             raise ValueError("this recipe has no reward; add advantage.reward")
         total, count = len(rollout.x), self._scored(rollout)
-        nothing = torch.full((total,), torch.nan)
+        nothing = torch.full((total,), torch.nan, device=rollout.x.device)
         rewards, held = nothing.clone(), {judge.name: nothing.clone() for judge in self.heldout}
         if count:
             with autocast(settings.precision or self.recipe.precision):
@@ -267,14 +279,14 @@ class DistillationTask:
         rollout.rewards = lambda: rewards
         rollout.heldout = held
         if count:
-            missing = count - float(finite.sum())
+            missing = count - finite.sum()
             rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": missing}
             for name, values in held.items():
-                rollout.telemetry[f"heldout/{name}"] = values[values.isfinite()].mean()
+                rollout.telemetry[f"heldout/{name}"] = Some(values, values.isfinite())
         if settings.group < 2:
             return
         if not count:
-            rollout.advantage = lambda: torch.zeros(total)
+            rollout.advantage = lambda: torch.zeros(total, device=rollout.x.device)
             return
         # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
         grouped = rewards.reshape(-1, settings.group)
@@ -348,7 +360,7 @@ class DistillationTask:
         student = self._plain_student()
         if not self.world.leader:
             return
-        self.family.save(student, output)
+        self.family.to("cpu").save(student, output)
         manifest = Manifest(
             name=output.name,
             samplers={n: Sampler.of(self._table(n)) for n in sorted(self.recipe.steps)},
@@ -362,7 +374,7 @@ class DistillationTask:
     def _plain_student(self) -> nn.Module:
         """The student as one network on the leader's CPU, its adapter merged into the teacher's own weights."""
         if not isinstance(self.student, View):
-            return whole(self.student)
+            return whole(self.student).cpu()
         assert self.recipe.adapters is not None
         adapter = {name: full(tensor).cpu() for name, tensor in self.student.state_dict().items()}
         if not self.world.leader:

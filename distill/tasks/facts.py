@@ -76,7 +76,7 @@ class FactsHead(nn.Module):
 
 def facts_loss(logits: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over all asked facts, and the share of rows with every fact right. facts: (B, facts) int64."""
-    loss, right = torch.zeros(()), torch.ones(len(logits), dtype=torch.bool)
+    loss, right = torch.zeros((), device=logits.device), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     for part, truth in zip(logits.float().split(CLASSES, dim=1), facts.unbind(1), strict=True):
         asked = truth != _NOT_ASKED
         loss = loss + cross_entropy(part, truth, ignore_index=_NOT_ASKED, reduction="sum")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from distill.objectives.plan import Hook, Rollout
 from distill.parallel.world import World
@@ -30,15 +31,15 @@ def _packed(rollout: Rollout) -> dict[str, Any]:
         "steps": rollout.steps,
         "index": rollout.index,
         "iteration": rollout.iteration,
-        "heldout": rollout.heldout,
-        "cache": rollout.cache,
+        "heldout": tree_map_only(Tensor, Tensor.cpu, rollout.heldout),
+        "cache": tree_map_only(Tensor, Tensor.cpu, rollout.cache),
         "rewards": _rewards(rollout),
     }
 
 
 def _rewards(rollout: Rollout) -> Tensor | None:
     try:
-        return rollout.rewards()
+        return rollout.rewards().cpu()
     except ValueError:  # a run without a reward
         return None
 

@@ -17,6 +17,7 @@ from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.scenes import project
 from distill.data.world import Scene, sample_scene
 from distill.labeller import ATTRIBUTES, STRIDE, Detection, Labeller
+from distill.parallel.device import device, moved
 from distill.tasks.common import autocast, batch_indices, to_float
 from distill.trainer import Phase, Telemetry, generator
 
@@ -51,7 +52,7 @@ class LabellerTask:
     def __init__(self, recipe: LabellerRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.labeller = Labeller(recipe.width).train()
+        self.labeller = Labeller(recipe.width).train().to(device())
         self.roles: dict[str, nn.Module] = {"labeller": self.labeller}
         self.optimizers = {"labeller": recipe.optimizer}
         data = recipe.data
@@ -74,8 +75,8 @@ class LabellerTask:
         strength = 0.06 * torch.rand(len(pixels), 1, 1, 1, generator=noise)
         pixels = pixels + strength * torch.randn(pixels.shape, generator=noise)
         with autocast(r.precision):
-            out = {name: value.float() for name, value in self.labeller(pixels).items()}
-        return self._compare(out, targets(scenes, r.data.size))
+            out = {name: value.float() for name, value in self.labeller(moved(pixels, device())).items()}
+        return self._compare(out, {k: moved(v, device()) for k, v in targets(scenes, r.data.size).items()})
 
     def _compare(self, out: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[Tensor, Telemetry]:
         b, row, column = truth["cells"].unbind(1)
@@ -100,7 +101,7 @@ class LabellerTask:
             count = 1000
             images = scene_images(HELD_OUT_SEED, count, self.recipe.data.size, combinations)
             scenes = [sample_scene(HELD_OUT_SEED, i, combinations=combinations) for i in range(count)]
-            found = self.labeller.detect(torch.from_numpy(np.array(images)))
+            found = self.labeller.detect(torch.from_numpy(np.array(images)).to(device()))
             accuracy[combinations] = sum(matches(s, d) for s, d in zip(scenes, found, strict=True)) / count
         print(f"whole scenes labelled right: {accuracy}")
         self.labeller.save(output, accuracy)

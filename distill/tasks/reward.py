@@ -19,6 +19,7 @@ from distill.data.cache import HELD_OUT_SEED, scene_images
 from distill.data.captions import describe
 from distill.data.digits import load_digits
 from distill.data.world import sample_scene
+from distill.parallel.device import device, moved
 from distill.rewards import ClipReward, DigitClassifier, image_features, text_features
 from distill.tasks.clip import wrong_caption
 from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
@@ -63,6 +64,7 @@ class ClipRewardTask:
         start = Path(recipe.clip or "")
         self.tokenizer = CLIPTokenizer.from_pretrained(start / "tokenizer")
         self.clip = CLIPModel.from_pretrained(start, attn_implementation="eager", dtype=torch.float32).train()
+        self.clip.to(device())
         self.clip.logit_scale.requires_grad_(False)
         self.roles: dict[str, nn.Module] = {"reward": self.clip}
         self.optimizers = {"reward": recipe.optimizer}
@@ -83,7 +85,7 @@ class ClipRewardTask:
         texts = [describe(s, rng, full=True).text for s in scenes]
         texts += [wrong_caption(s, rng).text for _ in range(r.wrong_captions) for s in scenes]
         with autocast(r.precision):
-            pictures = image_features(self.clip, torch.cat((clean, damaged)))
+            pictures = image_features(self.clip, moved(torch.cat((clean, damaged)), device()))
             captions = text_features(self.clip, self.tokenizer, texts)
         shown, spoiled = pictures.chunk(2)
         right, wrong = captions[: len(scenes)], captions[len(scenes) :].unflatten(0, (r.wrong_captions, len(scenes)))
@@ -123,7 +125,7 @@ class DigitRewardTask:
     def __init__(self, recipe: RewardRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.classifier = DigitClassifier().train()
+        self.classifier = DigitClassifier().train().to(device())
         self.roles: dict[str, nn.Module] = {"reward": self.classifier}
         self.optimizers = {"reward": recipe.optimizer}
         images, labels = load_digits("train")
@@ -138,9 +140,10 @@ class DigitRewardTask:
             batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, len(self.labels))
         )
         noise = torch.randn(len(index), 1, 8, 8, generator=generator(r.seed, iteration, micro, "noise"))
-        logits = self.classifier(to_uint8(self.images[index] + 0.15 * noise))
-        accuracy = (logits.argmax(1) == self.labels[index]).float().mean()
-        return cross_entropy(logits, self.labels[index], label_smoothing=0.05), {"accuracy": accuracy}
+        labels = moved(self.labels[index], device())
+        logits = self.classifier(moved(to_uint8(self.images[index] + 0.15 * noise), device()))
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return cross_entropy(logits, labels, label_smoothing=0.05), {"accuracy": accuracy}
 
     def preview(self) -> Tensor:
         return to_uint8(self.images[:40])
@@ -148,7 +151,7 @@ class DigitRewardTask:
     @torch.no_grad()
     def finish(self, output: Path) -> None:
         images, labels = load_digits("held_out")
-        answers = self.classifier(to_uint8(torch.from_numpy(images))).argmax(1)
+        answers = self.classifier(to_uint8(torch.from_numpy(images)).to(device())).argmax(1).cpu()
         accuracy = float((answers == torch.from_numpy(labels)).float().mean())
         print(f"accuracy on {len(labels)} held-out digits: {100 * accuracy:.1f} %")
         self.classifier.save(output, accuracy)

@@ -41,7 +41,7 @@ class Samples(Protocol):
         ...
 
     def batch(self, iteration: int, micro: int, size: int) -> tuple[Tensor, list[Any]]:
-        """Clean latents (size, C, h, w) in model scale with their prompts or labels."""
+        """Clean latents (size, C, h, w) in model scale, on the host, with their prompts or labels."""
         ...
 
     def preview_conditions(self) -> list[Any]: ...
@@ -85,12 +85,12 @@ class SceneSamples:
     def _cache(self) -> NDArray[np.generic]:
         images = scene_images(self.data.seed, self.data.count, self.data.size)
         state = self.family.vae.state_dict()
-        digest = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in state.values())).hexdigest()[:10]
+        digest = hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for v in state.values())).hexdigest()[:10]
 
         def fill(start: int, stop: int) -> NDArray[np.generic]:
             with autocast("bfloat16"):
-                latents = self.family.encode_images(to_float(images[start:stop]))
-            return latents.half().numpy()  # type: ignore[no-any-return]
+                latents = self.family.encode_images(to_float(images[start:stop]).to(self.family.device))
+            return latents.half().cpu().numpy()  # type: ignore[no-any-return]
 
         name = f"latents-{self.data.seed}-{self.data.count}-{self.data.size}-{digest}"
         return cached_array(name, (self.data.count, *self.family.latent_shape()), np.float16, fill)

@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from distill.config import VaeRecipe
 from distill.data.cache import HELD_OUT_SEED, scene_images
+from distill.parallel.device import device, moved, normal
 from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
 from distill.trainer import Phase, Telemetry, generator
 
@@ -53,7 +54,7 @@ class VaeTask:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
         self.vae = new_vae(recipe)
-        self.vae.train()
+        self.vae.train().to(device())
         self.roles: dict[str, nn.Module] = {"vae": self.vae}
         self.optimizers = {"vae": recipe.optimizer}
         self.images = scene_images(recipe.data.seed, recipe.data.count, recipe.data.size)
@@ -64,11 +65,11 @@ class VaeTask:
     def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
         r = self.recipe
         index = batch_indices(r.seed, iteration, micro, r.batch_size // r.accumulate, r.data.count)
-        x = to_float(self.images[np.sort(index)])
+        x = moved(to_float(self.images[np.sort(index)]), device())
         with autocast(r.precision):
             posterior = self.vae.encode(x).latent_dist
             std = torch.exp(0.5 * posterior.logvar.float())
-            noise = torch.randn(std.shape, generator=generator(r.seed, iteration, micro, "noise"))
+            noise = normal(std.shape, generator(r.seed, iteration, micro, "noise"), std.device)
             y = self.vae.decode(posterior.mean.float() + std * noise).sample
         y = y.float()
         weight = detail_weight(x, r.detail_weight)
@@ -80,7 +81,7 @@ class VaeTask:
 
     @torch.no_grad()
     def _reconstruct(self, count: int) -> tuple[Tensor, Tensor]:
-        x = to_float(scene_images(HELD_OUT_SEED, 256, self.recipe.data.size)[:count])
+        x = to_float(scene_images(HELD_OUT_SEED, 256, self.recipe.data.size)[:count]).to(device())
         y = torch.cat([self.vae.decode(self.vae.encode(part).latent_dist.mode()).sample for part in x.split(32)])
         return x, y
 

@@ -34,6 +34,7 @@ from distill import math
 from distill.families.base import Condition, coefficients
 from distill.objectives.plan import Roles, time_at
 from distill.objectives.safeguards import group_diversity
+from distill.parallel.device import normal
 from distill.telemetry.options import Probing
 from distill.telemetry.sink import Value
 
@@ -95,14 +96,14 @@ class Probe:
 
     def residual(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mean‖x̂(x_t) − x‖², ‖mean_ε(x̂(x_t) − x)‖/√d), each (B,), over ε and −ε at the probe's level."""
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed))
+        noise = normal(x.shape, torch.Generator().manual_seed(self.seed), x.device)
         parts = [self._residual(network, x, noise, rows) for rows in slices(len(x), self.sources.rows)]
         return torch.cat([residual for residual, _ in parts]), torch.cat([pull for _, pull in parts])
 
     def _residual(self, network: nn.Module, x: Tensor, noise: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         family, x, noise = self.roles.family, x[rows], noise[rows]
         condition = {name: value[rows] for name, value in self.sources.condition.items()}
-        t = time_at(family.schedule, torch.full((len(x),), self.options.level, dtype=torch.float64))
+        t = time_at(family.schedule, torch.full((len(x),), self.options.level, dtype=torch.float64, device=x.device))
         alpha, sigma = coefficients(family.schedule, t)
         pulls = [
             family.predict(network, math.add_noise(x, sign * noise, alpha, sigma), t, condition).x0 - x

@@ -1,7 +1,8 @@
 """Where telemetry goes: one JSON line per interval, TensorBoard, and previews as PNG.
 
 A value is a mean over its interval if it is a float or a tensor without dimensions; a tensor of samples adds a
-histogram; a Total is summed. Values that are not finite are counted and left out of means.
+histogram; a Total is summed; Some tells the mean of the samples that it chooses, if any. Values that are not finite are
+counted and left out of means. Tensors stay on their device until the interval is told: looking at one waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,52 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-Value = Tensor | float
 BINS = 16
 
 
 class Total(float):
     """A float that is summed over an interval: passes, seconds."""
+
+
+class Some(NamedTuple):
+    """The mean of those values (B,) that a mask (B,) chooses, chosen when it is told; nothing where there are none."""
+
+    values: Tensor
+    mask: Tensor
+
+
+Value = Tensor | float | Some
+
+
+def on_host(telemetry: Mapping[str, Sequence[Value]]) -> dict[str, list[Value]]:
+    """Values that can travel, without graphs and devices; those of a device come in one copy per dtype."""
+    found = [part for several in telemetry.values() for value in several for part in _tensors(value)]
+    host = {id(tensor): moved for tensor, moved in zip(found, fetched(found), strict=True)}
+
+    def placed(value: Value) -> Value:
+        parts = [host[id(part)] for part in _tensors(value)]
+        return Some(*parts) if isinstance(value, Some) else parts[0] if parts else value
+
+    return {name: [placed(value) for value in several] for name, several in telemetry.items()}
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors on the host, without graphs."""
+    host, away = [tensor.detach() for tensor in tensors], dict[tuple[torch.device, torch.dtype], list[int]]()
+    for i, tensor in enumerate(host):
+        if tensor.device.type != "cpu":
+            away.setdefault((tensor.device, tensor.dtype), []).append(i)
+    for indices in away.values():
+        flat = torch.cat([host[i].reshape(-1) for i in indices]).cpu()
+        for i, part in zip(indices, flat.split([host[i].numel() for i in indices]), strict=True):
+            host[i] = part.reshape(host[i].shape)
+    return host
+
+
+def _tensors(value: Value) -> tuple[Tensor, ...]:
+    if isinstance(value, Some):
+        return value
+    return (value,) if isinstance(value, Tensor) else ()
 
 
 class Sink:
@@ -95,6 +136,8 @@ def summary(
     numbers, histograms, faults = dict[str, float](), dict[str, list[Any]](), dict[str, int]()
     for name, several in values.items():
         array = pooled(several)
+        if not len(array):
+            continue
         finite = array[np.isfinite(array)]
         if len(finite) < len(array):
             faults[name] = len(array) - len(finite)
@@ -107,8 +150,13 @@ def summary(
 
 def pooled(values: Sequence[Value]) -> NDArray[np.float64]:
     """All numbers of several values in one row."""
-    rows = [v.detach().double().cpu().reshape(-1).numpy() if isinstance(v, Tensor) else np.array([v]) for v in values]
-    return np.concatenate(rows).astype(np.float64)
+    return np.concatenate([_row(value) for value in values]).astype(np.float64)
+
+
+def _row(value: Value) -> NDArray[np.float64]:
+    if isinstance(value, Some):
+        value = value.values[value.mask].mean().reshape(-1)[: int(value.mask.any())]
+    return value.detach().double().cpu().reshape(-1).numpy() if isinstance(value, Tensor) else np.array([value])
 
 
 def histogram(values: NDArray[np.float64]) -> list[Any]:

@@ -29,8 +29,8 @@ def test_following_the_teacher_is_its_own_sampler(roles: Roles, guidance: float)
 
 
 def test_the_clean_end_has_no_noise(roles: Roles) -> None:
-    assert [c.tolist() for c in noise_level(roles.family, CLEAN, 2)] == [[1, 1], [0, 0]]
-    assert [c.tolist() for c in noise_level(roles.family, 0.25, 1)] == [[0.75], [0.25]]
+    assert [c.tolist() for c in noise_level(roles.family, CLEAN, torch.empty(2))] == [[1, 1], [0, 0]]
+    assert [c.tolist() for c in noise_level(roles.family, 0.25, torch.empty(1))] == [[0.75], [0.25]]
 
 
 @pytest.mark.parametrize("schedule", [Flow(), ScaledLinear(), ScaledLinear(zero_terminal=True)])
