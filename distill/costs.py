@@ -99,9 +99,9 @@ class _Kept:
                 self._block += size
         return tensor
 
-    def enter(self, module: nn.Module, inputs: Any) -> None:
+    def enter(self, module: nn.Module, inputs: Any, named: Any) -> None:
         self._block = 0.0
-        self.inputs += sum(x.numel() * x.element_size() for x in inputs if isinstance(x, Tensor))
+        self.inputs += sum(x.numel() * x.element_size() for x in (*inputs, *named.values()) if isinstance(x, Tensor))
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.largest, self._block = max(self.largest, self._block or 0.0), None
@@ -114,7 +114,10 @@ def _watched(kept: _Kept, network: nn.Module, blocks: Sequence[type[nn.Module]])
         handle
         for module in network.modules()
         if isinstance(module, tuple(blocks))
-        for handle in (module.register_forward_pre_hook(kept.enter), module.register_forward_hook(kept.leave))
+        for handle in (
+            module.register_forward_pre_hook(kept.enter, with_kwargs=True),
+            module.register_forward_hook(kept.leave),
+        )
     ]
     try:
         with saved_tensors_hooks(kept.pack, lambda tensor: tensor):

@@ -163,13 +163,17 @@ class _Decoder(nn.Module):
 
 
 class _TextEncoders(nn.Module):
+    """length: of the prompts; CLIP reads no more of them than it has places for."""
+
     def __init__(self, encoders: Mapping[str, nn.Module], length: int) -> None:
         super().__init__()
         self.encoders, self.length = nn.ModuleDict(encoders), length
 
     def forward(self, rows: int) -> None:
         for encoder in self.encoders.values():
-            encoder(input_ids=torch.zeros(rows, self.length, dtype=torch.long))
+            config: Any = encoder.config
+            length = min(self.length, getattr(config, "max_position_embeddings", self.length))
+            encoder(input_ids=torch.zeros(rows, length, dtype=torch.long))
 
 
 def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
@@ -271,7 +275,8 @@ def _passes(
         yield Pass("reward", "decoder", decode, scored[r.advantage.when] * r.advantage.share)
     encoders = {name: part for name, part in family.parts.items() if name.startswith("text_encoder")}
     if encoders:
-        text = pass_cost(_TextEncoders(encoders, condition["prompt_embeds"].shape[1]), {"rows": 1}).forward
+        length = getattr(family, "max_tokens", condition["prompt_embeds"].shape[1])
+        text = pass_cost(_TextEncoders(encoders, length), {"rows": 1}).forward
         yield Pass("prompts", "text encoders", text, draws / (r.advantage.group if r.advantage else 1))
 
 

@@ -43,7 +43,7 @@ COUNTS = {
 }
 """Network, autoencoder and text encoders: from the published files' sizes.
 
-SD3's files hold its positions as well, which are no parameters here; 4.17, 4.94 and 16.3 GB in float16 give three digits.
+SD3's files hold its positions as well, no parameters here; 4.17, 4.94 and 16.3 GB in float16 give three digits.
 """
 
 
