@@ -62,17 +62,30 @@ class Guidance(_Strict):
     scale: float = 1.0
 
 
+class Target(_Strict):
+    """The machine that a TensorRT engine was built for; it runs on no other."""
+
+    architecture: str = Field(description="of the GPU: sm90, or sm80+ for what TensorRT-RTX completes when it loads")
+    version: str = Field(description="of the package that built it")
+    platform: str = Field(description="operating system and processor: linux-x86_64")
+    source: str = Field(description="sha256 of the ONNX graph that it was built from")
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = Field(description="least, usual and greatest shape by input")
+
+
 class Engine(_Strict):
     """One compiled graph: what it is, for which runtime, and how closely it reproduces torch."""
 
-    graph: Literal["text_encoder", "step", "decoder"]
-    runtime: Literal["onnx"] = "onnx"
+    graph: Literal["text_encoder", "step", "decoder", "decoder_next"]
+    runtime: Literal["onnx", "tensorrt", "tensorrt-rtx"] = "onnx"
     file: str
     opset: int
     precision: str = "float32"
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
-    parity: dict[str, float]
+    parity: dict[str, float] = Field(description="the worst of each number; empty for what was built, not executed")
+    status: Literal["verified", "built"] = Field(default="verified", description="built: never executed")
+    target: Target | None = Field(default=None, description="None: runs on any machine")
+    latency_ms: dict[int, float] = Field(default={}, description="of one call by rows, on the machine of the export")
 
 
 class Manifest(_Strict):
@@ -86,6 +99,11 @@ class Manifest(_Strict):
     latent_channels: int
     latent_stride: int = Field(description="pixels per latent along height and width; 1 for pixel space")
     sizes: tuple[tuple[int, int], ...] = Field(description="(width, height) pairs in pixels")
+    frames: tuple[int, ...] = Field(
+        default=(), description="of a clip as trained, the usual number first; none: pictures"
+    )
+    frame_stride: int = Field(default=1, ge=1, description="frames per latent frame, but for a clip's first")
+    fps: float = Field(default=0.0, ge=0, description="frames per second as trained; 0: pictures")
     max_tokens: int | None = Field(default=None, description="prompt length in tokens with begin and end; None: labels")
     samplers: dict[int, Sampler] = Field(description="by number of steps")
     default_steps: int
@@ -110,11 +128,30 @@ class Manifest(_Strict):
         for steps, sampler in self.samplers.items():
             if len(sampler.timesteps) != steps:
                 raise ValueError(f"samplers[{steps}] has {len(sampler.timesteps)} timesteps; give {steps}")
+        wrong = [count for count in self.frames if count < 1 or (count - 1) % self.frame_stride]
+        if wrong or (self.frames and not self.fps):
+            raise ValueError(
+                f"frames is {list(self.frames)} at {self.fps:g} fps; give numbers that are 1 more than a multiple of "
+                f"{self.frame_stride}, and frames per second"
+            )
         if len(self.preview) != self.latent_channels + 1:
             raise ValueError(
                 f"preview has {len(self.preview)} rows; give latent_channels + 1 = {self.latent_channels + 1}"
             )
         return self
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip: 17 frames at stride 4 are 5."""
+        return (frames - 1) // self.frame_stride + 1
+
+    def latent_shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of the latents of a picture, (C, f, h, w) of a clip.
+
+        size: (width, height) in pixels; None: the first of sizes, and the first of frames.
+        """
+        width, height = size or self.sizes[0]
+        clip = (self.latent_frames(frames or self.frames[0]),) if self.frames else ()
+        return (self.latent_channels, *clip, height // self.latent_stride, width // self.latent_stride)
 
 
 @dataclass(frozen=True)
@@ -150,14 +187,19 @@ class Bundle:
             raise BundleError(f"{self.path / name} is not listed in {MANIFEST}; write the bundle again")
         return self.path / name
 
-    def engine(self, graph: str, runtime: str = "onnx") -> Engine:
+    def engines(self, graph: str, runtime: str = "onnx", precision: str = "float32") -> tuple[Engine, ...]:
+        """All engines of a graph for a runtime: several where they were built for several machines."""
+        asked = (graph, runtime, precision)
+        return tuple(e for e in self.manifest.engines if (e.graph, e.runtime, e.precision) == asked)
+
+    def engine(self, graph: str, runtime: str = "onnx", precision: str = "float32") -> Engine:
         """The engine of a graph for a runtime. Raises BundleError when the bundle was not exported to it."""
-        for engine in self.manifest.engines:
-            if (engine.graph, engine.runtime) == (graph, runtime):
-                return engine
+        for engine in self.engines(graph, runtime, precision):
+            return engine
+        reduced = "" if precision == "float32" else f" --precision {precision}"
         raise BundleError(
-            f"{self.path} has no {runtime} engine for {graph!r}; "
-            f"run: python -m distill.export {self.path} --to {runtime}"
+            f"{self.path} has no {runtime} engine for {graph!r}{reduced and f' in {precision}'}; "
+            f"run: python -m distill.export {self.path} --to {runtime}{reduced}"
         )
 
     @property

@@ -12,6 +12,7 @@ PUBLISHED = ("diffusers", "lora", "comfyui")
 
 EXAMPLE = (
     "example: python -m distill.export bundles/scenes-sdxl --to onnx\n"
+    "         python -m distill.export bundles/scenes-sdxl --to tensorrt --check\n"
     "         python -m distill.export bundles/scenes-sdxl --to diffusers --out /tmp/scenes-sdxl"
 )
 
@@ -21,13 +22,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m distill.export",
         description="onnx: compile the student of a bundle, compare every graph and whole pictures with torch, and\n"
         "write the graphs into the bundle; a graph that does not reproduce torch fails the export and nothing is\n"
-        "written. diffusers, lora, comfyui: write a new folder for others, with a model card.",
+        "written. tensorrt: build engines from the bundle's ONNX graphs, with --check also run and compare them; an\n"
+        "engine runs on the kind of GPU and the version that it was built for. diffusers, lora, comfyui: write a new\n"
+        "folder for others, with a model card.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples on lines of their own
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle, the one with bundle.json")
-    parser.add_argument("--to", required=True, choices=("onnx", *PUBLISHED), help="what to write")
+    parser.add_argument("--to", required=True, choices=("onnx", "tensorrt", *PUBLISHED), help="what to write")
     parser.add_argument("--opset", type=int, default=22, help="onnx: operator set (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="tensorrt: run the engines on this machine's GPU")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="tensorrt: greatest batch of an engine (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="diffusers, lora, comfyui: the new folder")
     parser.add_argument("--rank", type=int, help="lora: its rank (default: 64); comfyui: a LoRA, not a checkpoint")
     parser.add_argument("--teacher", help="lora: what the student was distilled from (default: as the bundle says)")
@@ -35,8 +42,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.to in PUBLISHED) != (options.out is not None):
         parser.error(f"--to {options.to} {'needs' if options.to in PUBLISHED else 'takes no'} --out")
-    if options.rank is not None and options.rank < 1:
-        parser.error(f"--rank is {options.rank}; give at least 1")
+    for name in ("rank", "rows"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}; give at least 1")
+    if options.check and options.to != "tensorrt":
+        parser.error(f"--check is for --to tensorrt; --to {options.to} always compares what it writes with torch")
     return options
 
 
@@ -51,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
-        paths = _compile(options) if options.to == "onnx" else _publish(options)
+        paths = _publish(options) if options.to in PUBLISHED else _compile(options)
     except ModuleNotFoundError as error:
         print(f"export needs {error.name}; run: pip install -e '.[train]'", file=sys.stderr)
         return 1
@@ -64,13 +74,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _compile(options: argparse.Namespace) -> list[Path]:
+    from distill.export.drafts import DiskFull
     from distill.export.onnx import ExportError
     from distill.export.run import export_onnx, written
+    from distill.export.tensorrt import export_tensorrt
 
     try:
-        return written(export_onnx(options.bundle, options.opset))
-    except ExportError as error:
+        if options.to == "onnx":
+            bundle = export_onnx(options.bundle, options.opset)
+        else:
+            rows = (1, min(4, options.rows), options.rows)
+            bundle = export_tensorrt(options.bundle, rows=rows, check=options.check)
+    except (ExportError, DiskFull) as error:
         raise BundleError(str(error)) from None
+    except OSError as error:
+        raise BundleError(f"{error.strerror} at {error.filename or options.bundle}; nothing was written") from None
+    return written(bundle, options.to)
 
 
 def _publish(options: argparse.Namespace) -> list[Path]:

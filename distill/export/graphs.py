@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distill.bundle import BundleError, Manifest
 
 Inputs = dict[str, Tensor]
-GraphName = Literal["text_encoder", "step", "decoder"]
+GraphName = Literal["text_encoder", "step", "decoder", "decoder_next"]
 
 
 class SdxlTextEncoder(nn.Module):
@@ -47,9 +47,9 @@ class SdxlTextEncoder(nn.Module):
 def affine_step(latents: Tensor, output: Tensor, coefficients: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """x0 = p·x + q·m and next = u·x0 + y·x + w·z with one row (p, q, u, y, w) per picture.
 
-    latents, output, noise: (B, C, h, w); coefficients: (B, 5). Returns (next, x0).
+    latents, output, noise: (B, C, h, w), of videos (B, C, f, h, w); coefficients: (B, 5). Returns (next, x0).
     """
-    p, q, u, y, w = coefficients[:, :, None, None, None].unbind(1)
+    p, q, u, y, w = (column.reshape(-1, *(1,) * (latents.ndim - 1)) for column in coefficients.unbind(1))
     x0 = p * latents + q * output
     return u * x0 + y * latents + w * noise, x0
 
@@ -135,14 +135,14 @@ class SitStep(nn.Module):
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] to (B, H, W, 3) uint8; one channel is repeated. The cast is the last operation.
+    """(B, C, …, H, W) in [-1, 1] to (B, …, H, W, 3) uint8; one channel is repeated. The cast is the last operation.
 
     TensorRT refuses uint8 anywhere but at the end of a graph.
     """
     if image.shape[1] == 1:
-        image = image.expand(-1, 3, -1, -1)
+        image = image.expand(-1, 3, *(-1,) * (image.ndim - 2))
     levels = ((image / 2 + 0.5).clamp(0, 1) * 255).round()
-    return levels.permute(0, 2, 3, 1).to(torch.uint8)
+    return levels.movedim(1, -1).to(torch.uint8)
 
 
 class VaeDecoder(nn.Module):
@@ -170,25 +170,40 @@ class PixelDecoder(nn.Module):
 class GraphSpec:
     """One graph to compile.
 
-    sample: (batch, generator) -> inputs by name in the order of ``forward``, as the graph meets them in service.
+    draw: (batch, generator[, size]) -> inputs by name in the order of ``forward``, as the graph meets them in service;
+    size is (height, width) in latents, one of ``sizes``, which is empty where pictures of all sizes are alike.
     dims: per input and output its shape, a name where the axis is free; the first axis is always "batch".
+    reference: what the first output is held against where ``module`` is a rewrite of it.
     """
 
     name: GraphName
     module: nn.Module
-    sample: Callable[[int, torch.Generator], Inputs]
+    draw: Callable[..., Inputs]
     dims: Mapping[str, tuple[int | str, ...]]
     outputs: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
+    reference: nn.Module | None = None
     inputs: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(name for name in self.dims if name not in self.outputs))
 
+    def sample(self, batch: int, generator: torch.Generator, size: tuple[int, int] | None = None) -> Inputs:
+        """Random inputs of ``batch`` rows; size: one of ``sizes``, drawn too if None."""
+        if not self.sizes:
+            return self.draw(batch, generator)
+        drawn = int(torch.randint(len(self.sizes), (1,), generator=generator))
+        return self.draw(batch, generator, size or self.sizes[drawn])
+
     @torch.no_grad()
     def run(self, inputs: Inputs) -> Inputs:
         """The torch reference: outputs by name."""
-        result = self.module(*(inputs[name] for name in self.inputs))
-        return dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+        arguments = [inputs[name] for name in self.inputs]
+        result = self.module(*arguments)
+        outputs = dict(zip(self.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+        if self.reference is not None:
+            outputs[self.outputs[0]] = self.reference(*arguments)
+        return outputs
 
 
 def text_graph(module: nn.Module, manifest: Manifest, *, vocabulary: int, begin: int, end: int) -> GraphSpec:
@@ -219,14 +234,14 @@ def step_graph(
     module: nn.Module, manifest: Manifest, conditioning: Mapping[str, tuple[int, ...]], num_classes: int = 0
 ) -> GraphSpec:
     """One sampler step of a bundle. conditioning: input shapes without the batch, in the order of ``forward``."""
-    shape = _latent_dims(manifest)
+    shape = latent_dims(manifest)
     tables = [sampler.table() for _, sampler in sorted(manifest.samplers.items())]
     timesteps = torch.cat([torch.from_numpy(table.timesteps) for table in tables])
     rows = torch.cat([torch.from_numpy(table.rows) for table in tables])
     latest = int(timesteps.argmax())
 
-    def sample(batch: int, generator: torch.Generator) -> Inputs:
-        size = (batch, manifest.latent_channels, *_latent_size(manifest, generator))
+    def draw(batch: int, generator: torch.Generator, sides: tuple[int, int]) -> Inputs:
+        size = (batch, manifest.latent_channels, *_some_frames(manifest, batch), *sides)
         which = torch.randint(len(timesteps), (batch,), generator=generator)
         which[0] = latest  # the sinusoid is hardest at the noisiest time, where every sampler starts
         inputs = {
@@ -244,37 +259,43 @@ def step_graph(
 
     dims: dict[str, tuple[int | str, ...]] = {"latents": shape, "timestep": ("batch",), "coefficients": ("batch", 5)}
     dims |= {"noise": shape} | {name: ("batch", *rest) for name, rest in conditioning.items()}
-    return GraphSpec("step", module, sample, dims | {"next": shape, "x0": shape}, ("next", "x0"))
+    return GraphSpec("step", module, draw, dims | {"next": shape, "x0": shape}, ("next", "x0"), latent_sizes(manifest))
 
 
 def decoder_graph(module: nn.Module, manifest: Manifest) -> GraphSpec:
     """The decoder of a bundle."""
-    shape = _latent_dims(manifest)
+    shape = latent_dims(manifest)
 
-    def sample(batch: int, generator: torch.Generator) -> Inputs:
-        size = (batch, manifest.latent_channels, *_latent_size(manifest, generator))
-        return {"latents": torch.randn(size, generator=generator)}
+    def draw(batch: int, generator: torch.Generator, sides: tuple[int, int]) -> Inputs:
+        return {"latents": torch.randn((batch, manifest.latent_channels, *sides), generator=generator)}
 
     sides = [side * manifest.latent_stride if isinstance(side, int) else f"image_{side}" for side in shape[2:]]
-    return GraphSpec("decoder", module, sample, {"latents": shape, "image": ("batch", *sides, 3)}, ("image",))
+    dims: dict[str, tuple[int | str, ...]] = {"latents": shape, "image": ("batch", *sides, 3)}
+    return GraphSpec("decoder", module, draw, dims, ("image",), latent_sizes(manifest))
 
 
-def _latent_size(manifest: Manifest, generator: torch.Generator) -> tuple[int, int]:
-    """(height, width) in latents of one of the bundle's sizes, drawn at random."""
-    which = int(torch.randint(len(manifest.sizes), (1,), generator=generator))
-    width, height = manifest.sizes[which]
-    return height // manifest.latent_stride, width // manifest.latent_stride
+def latent_sizes(manifest: Manifest) -> tuple[tuple[int, int], ...]:
+    """(height, width) in latents of each of the bundle's sizes."""
+    stride = manifest.latent_stride
+    return tuple((height // stride, width // stride) for width, height in manifest.sizes)
 
 
-def _latent_dims(manifest: Manifest) -> tuple[int | str, ...]:
-    """The shape of latents; a side that differs between the bundle's sizes is free."""
+def _some_frames(manifest: Manifest, batch: int) -> tuple[int, ...]:
+    """Latent frames of an example: a whole clip alone, few in a batch, none of pictures; never the number of rows."""
+    if not manifest.frames:
+        return ()
+    return (manifest.latent_shape()[1] if batch == 1 else batch + 1,)
+
+
+def latent_dims(manifest: Manifest) -> tuple[int | str, ...]:
+    """The shape of latents; frames are free, and so is a side that differs between the bundle's sizes."""
     sides: list[int | str] = []
     for name, pixels in (("height", {h for _, h in manifest.sizes}), ("width", {w for w, _ in manifest.sizes})):
         wrong = [side for side in pixels if side % manifest.latent_stride]
         if wrong:
             raise ValueError(f"sizes has {name} {wrong[0]}; use multiples of latent_stride {manifest.latent_stride}")
         sides.append(name if len(pixels) > 1 else pixels.pop() // manifest.latent_stride)
-    return ("batch", manifest.latent_channels, *sides)
+    return ("batch", manifest.latent_channels, *(("frames",) if manifest.frames else ()), *sides)
 
 
 # --- loading a bundle ------------------------------------------------------------------------------------------
@@ -327,4 +348,10 @@ def _sit(bundle_dir: Path, manifest: Manifest) -> list[GraphSpec]:
     return [step_graph(step, manifest, {"labels": ()}, classes), decoder_graph(PixelDecoder(), manifest)]
 
 
-_LOADERS: dict[str, Callable[[Path, Manifest], list[GraphSpec]]] = {"sdxl": _sdxl, "sit": _sit}
+def _wan(bundle_dir: Path, manifest: Manifest) -> list[GraphSpec]:
+    from distill.export.wan import wan_graphs
+
+    return wan_graphs(bundle_dir, manifest)
+
+
+_LOADERS: dict[str, Callable[[Path, Manifest], list[GraphSpec]]] = {"sdxl": _sdxl, "sit": _sit, "wan": _wan}

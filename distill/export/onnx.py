@@ -7,12 +7,14 @@ stored as float16 and cast to float32 where it is read, which loses nothing and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,13 +46,12 @@ def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
 
     Raises ExportError when the exporter fails, fixes the batch or a weight is not exact in float16.
     """
-    weight_bytes = sum(parameter.numel() * 2 for parameter in spec.module.parameters())
-    if weight_bytes > MAX_FILE_BYTES:
+    if weight_bytes(spec) > MAX_FILE_BYTES:
         raise ExportError(
-            f"graph {spec.name!r} has {weight_bytes / 1e9:.1f} GB of weights and one ONNX file holds 2 GB; "
+            f"graph {spec.name!r} has {weight_bytes(spec) / 1e9:.1f} GB of weights and one ONNX file holds 2 GB; "
             "this exporter does not split files yet, so export a smaller student"
         )
-    model = trace(spec, opset)
+    model = trace(spec, opset).model_proto
     clean(model)
     name_dims(model, spec)
     store_half(model, {name for name, _ in spec.module.named_parameters()})
@@ -61,9 +62,15 @@ def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
     os.replace(temporary, path)
 
 
-def trace(spec: GraphSpec, opset: int) -> onnx.ModelProto:
-    """The exporter's graph as it comes, in memory."""
-    example = spec.sample(EXAMPLE_BATCH, torch.Generator().manual_seed(0))
+def weight_bytes(spec: GraphSpec) -> int:
+    """Of the ONNX file, which holds every parameter in float16 and little else."""
+    return sum(parameter.numel() * 2 for parameter in spec.module.parameters())
+
+
+def trace(spec: GraphSpec, opset: int) -> torch.onnx.ONNXProgram:
+    """The exporter's graph as it comes, in memory, and the program that it was made from."""
+    size = (spec.sizes[0][0], spec.sizes[-1][1]) if spec.sizes else None  # equal sides might be taken for one
+    example = spec.sample(EXAMPLE_BATCH, torch.Generator().manual_seed(0), size)
     free = {
         name: {axis: torch.export.Dim.DYNAMIC for axis, side in enumerate(spec.dims[name]) if isinstance(side, str)}
         for name in spec.inputs
@@ -75,7 +82,7 @@ def trace(spec: GraphSpec, opset: int) -> onnx.ModelProto:
                 tuple(example[name] for name in spec.inputs),
                 input_names=list(spec.inputs),
                 output_names=list(spec.outputs),
-                dynamic_shapes=tuple(free[name] for name in spec.inputs),
+                dynamic_shapes=_by_argument(spec, [free[name] for name in spec.inputs]),
                 opset_version=opset,
                 dynamo=True,
                 optimize=True,
@@ -84,7 +91,16 @@ def trace(spec: GraphSpec, opset: int) -> onnx.ModelProto:
     except RuntimeError as error:  # the base of the errors of tracing, translation and optimisation
         raise ExportError(f"graph {spec.name!r} does not export at opset {opset}: {error}") from error
     assert program is not None
-    return program.model_proto
+    return program
+
+
+def _by_argument(spec: GraphSpec, free: list[Any]) -> tuple[Any, ...]:
+    """One entry per argument of ``forward``, of which *past is one."""
+    kinds = [parameter.kind for parameter in inspect.signature(spec.module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(free)
+    alone = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:alone], tuple(free[alone:]))
 
 
 @contextlib.contextmanager
@@ -101,10 +117,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def clean(model: onnx.ModelProto) -> None:
+def clean(model: onnx.ModelProto) -> dict[str, str]:
     """Drop stack traces, doc strings and intermediate shapes; name nodes and values by their position.
 
-    The exporter's metadata holds Python stack traces: paths of this machine, and more bytes than the graph.
+    The exporter's metadata holds Python stack traces: paths of this machine, and more bytes than the graph. Returns the
+    new names of values by those that the exporter gave them.
     """
     graph = model.graph
     if model.functions or any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
@@ -125,6 +142,7 @@ def clean(model: onnx.ModelProto) -> None:
     for value in (*graph.input, *graph.output, *graph.initializer):
         value.doc_string = ""
         del value.metadata_props[:]
+    return names
 
 
 def name_dims(model: onnx.ModelProto, spec: GraphSpec) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.bundle import Bundle, Engine, Manifest, write_manifest
+from distill.bundle import Bundle, Engine, Manifest
 from distill.export import parity
+from distill.export.drafts import check_room, drafts
 from distill.export.graphs import GraphSpec, load_graphs
-from distill.export.onnx import OPSET, compile_graph
+from distill.export.layers import first_difference
+from distill.export.onnx import OPSET, ExportError, compile_graph, weight_bytes
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
 
@@ -26,38 +27,42 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
     """
     bundle = Bundle.open(path)
     specs = load_graphs(bundle.path, bundle.manifest)
+    check_room(bundle.path, sum(weight_bytes(spec) for spec in specs.values()))
     finals = {name: bundle.path / "onnx" / f"{name}.onnx" for name in specs}
-    drafts = {name: final.with_name(final.name + ".tmp") for name, final in finals.items()}
-    try:
-        measured = {}
-        compiled = {}
+    with drafts(bundle.path, finals.values()) as made:
+        compiled: dict[str, parity.OnnxGraph] = {}
+        measured, latency = {}, {}
         for index, (name, spec) in enumerate(specs.items(), start=1):
-            started = time.perf_counter()
-            compile_graph(spec, drafts[name], opset)
-            compiled[name] = parity.OnnxGraph(drafts[name])
-            measured[name] = parity.check_graph(spec, compiled[name])
-            size_mb, duration_s = drafts[name].stat().st_size / 1e6, time.perf_counter() - started
+            started, draft = time.perf_counter(), made.path(finals[name])
+            compile_graph(spec, draft, opset)
+            compiled[name] = parity.OnnxGraph(draft)
+            measured[name] = verify(spec, compiled[name], draft, opset)
+            latency[name] = parity.time_graph(spec, compiled[name])
+            size_mb, duration_s = draft.stat().st_size / 1e6, time.perf_counter() - started
             numbers = ", ".join(f"{key} {value:.3g}" for key, value in measured[name].items())
             say(f"[{index}/{len(specs)}] {name}: {size_mb:.1f} MB in {duration_s:.0f} s; {numbers}")
-        images = parity.check_pictures(specs, compiled, bundle.manifest)
+        examples = parity.example_tokens(bundle.path, bundle.manifest)
+        images = parity.check_pictures(specs, compiled, bundle.manifest, examples=examples)
         for steps, row in images.items():
             say(f"pictures in {steps} steps: at most {row['levels']:.0f} of 255 levels, {row['changed']:.2%} of values")
         del compiled
-        manifest = _manifest(bundle.manifest, specs, measured, images, opset)
-        for name, final in finals.items():
-            os.replace(drafts[name], final)
-        return write_manifest(bundle.path, manifest)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            (bundle.path / "onnx").rmdir()
+        return made.commit(_manifest(bundle.manifest, specs, measured, latency, images, opset))
+
+
+def verify(spec: GraphSpec, graph: parity.Compiled, file: Path, opset: int) -> dict[str, float]:
+    """Compare a graph with torch. Raises ExportError outside the tolerance, with the first layer where they part."""
+    try:
+        return parity.check_graph(spec, graph)
+    except ExportError as error:
+        found = first_difference(spec, file, opset)
+        raise ExportError(f"{error}; {found}") from None
 
 
 def _manifest(
     manifest: Manifest,
     specs: dict[str, GraphSpec],
     measured: dict[str, dict[str, float]],
+    latency: dict[str, dict[int, float]],
     images: dict[int, dict[str, float]],
     opset: int,
 ) -> Manifest:
@@ -69,6 +74,7 @@ def _manifest(
             inputs={name: spec.dims[name] for name in spec.inputs},
             outputs={name: spec.dims[name] for name in spec.outputs},
             parity=measured[name],
+            latency_ms=latency[name],
         )
         for name, spec in specs.items()
     )
@@ -82,6 +88,7 @@ def _manifest(
     return manifest.model_copy(update={"engines": kept + engines, "provenance": provenance})
 
 
-def written(bundle: Bundle) -> list[Path]:
-    """The files that an export wrote, the manifest last."""
-    return [bundle.path / engine.file for engine in bundle.manifest.engines] + [bundle.path / "bundle.json"]
+def written(bundle: Bundle, to: str) -> list[Path]:
+    """The files that an export to "onnx" or "tensorrt" wrote or left as they were, the manifest last."""
+    engines = [engine for engine in bundle.manifest.engines if engine.runtime.startswith(to)]
+    return [bundle.path / engine.file for engine in engines] + [bundle.path / "bundle.json"]

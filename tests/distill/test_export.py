@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, StableDiffusionXLPipeline
 
 from distill.bundle import Bundle, BundleError, Guidance, Manifest, Sampler, sha256, write_manifest
-from distill.export import parity
+from distill.export import parity, run
 from distill.export.__main__ import main
 from distill.export.graphs import (
     GraphSpec,
@@ -398,7 +399,8 @@ def test_failing_gate_leaves_the_bundle_as_it_was(
     root = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, root)
     before = listing(root)
-    monkeypatch.setattr(parity, "MAX_RELATIVE", 0.0)
+    monkeypatch.setitem(parity.TOLERANCES, "float32", replace(parity.TOLERANCES["float32"], relative=0.0))
+    monkeypatch.setattr(run, "first_difference", lambda spec, file, opset: "they part first nowhere")
     with pytest.raises(ExportError, match="nothing was written"):
         export_onnx(root, say=lambda line: None)
     assert listing(root) == before
@@ -443,10 +445,13 @@ def test_command_line_refuses_a_folder_that_is_no_bundle(tmp_path: Path, capsys:
     assert "has no bundle.json" in capsys.readouterr().err
 
 
-def test_command_line_offers_onnx_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_names_what_it_offers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([str(tmp_path), "--to", "tensorrt"])
-    assert "invalid choice: 'tensorrt'" in capsys.readouterr().err
+        main([str(tmp_path), "--to", "coreml"])
+    assert "invalid choice: 'coreml'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--to", "onnx", "--check"])
+    assert "--check is for --to tensorrt; --to onnx always compares" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "example: python -m distill.export bundles/scenes-sdxl --to onnx" in capsys.readouterr().out
