@@ -51,6 +51,29 @@ def tiny_bundle(tiny_sources: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_video_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan student with random weights before its export: 9 frames of 32×32 pixels, 4 × 3 × 8 × 8 latents."""
+    from distill.bundle import write_manifest
+
+    root = tmp_path_factory.mktemp("bundles") / "tiny-wan"
+    write_manifest(root, save_tiny_video_pipeline(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_video_bundle(tiny_video_sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same bundle with its ONNX engines, alone in its folder. Tests must not change it; copy it first."""
+    import shutil
+
+    from distill.export.run import export_onnx
+
+    root = tmp_path_factory.mktemp("exported-videos") / "tiny-wan"
+    shutil.copytree(tiny_video_sources, root)
+    export_onnx(root, say=lambda line: None)
+    return root
+
+
 @pytest.fixture
 def manifest() -> Manifest:
     """The tiny bundle's manifest before files and engines are known."""
@@ -172,6 +195,55 @@ def save_tiny_pipeline(root: Path) -> None:
             add_watermarker=False,
         )
     save_pipeline(pipeline, root)
+
+
+def save_tiny_video_pipeline(root: Path) -> Manifest:
+    """Write a diffusers folder of WanPipeline with seeded random weights in float16; returns its manifest.
+
+    Two levels of the autoencoder instead of three, so that a test need not compile the rest: 4 pixels a latent.
+    """
+    import torch
+
+    from distill.bundle import Manifest, Sampler
+    from distill.families.wan import Wan
+    from distill.sampling import student_table
+    from distill.shrink import tiny_t5_tokenizer
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 32, "freq_dim": 16}
+    levels = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "attn_scales": []}
+    configs = {
+        "transformer": {**heads, "in_channels": 4, "out_channels": 4, "text_dim": 16},
+        "vae": {
+            **levels,
+            "num_res_blocks": 0,
+            "scale_factor_spatial": 4,
+            "latents_mean": [-0.5, -0.25, 0.25, 0.5],
+            "latents_std": [1.5, 2.0, 2.5, 3.0],
+        },
+        "text_encoder": {
+            **{"vocab_size": 300, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1},
+            "feed_forward_proj": "gated-gelu",
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        family, network = Wan.from_config(configs, size=(32, 32), frames=9)
+        with torch.no_grad():
+            family.vae.decoder.conv_out.weight *= 30  # a random decoder paints grey on grey
+    family.text_encoder.half()
+    family.tokenizer = tiny_t5_tokenizer()
+    family.save(network, root)
+    grids = {n: family.schedule.grid(n) for n in (1, 2, 4)}
+    told = {**family.describe(), "fps": 8.0}
+    return Manifest(
+        name="tiny-wan",
+        samplers={n: Sampler.of(student_table(family.schedule, "flow", grid)) for n, grid in grids.items()},
+        default_steps=4,
+        examples=("a small red metal sphere rolling right", "a large blue rubber cube left of a green cylinder"),
+        provenance={"made_by": "tests/conftest.py with random weights"},
+        **told,
+    )
 
 
 @pytest.fixture

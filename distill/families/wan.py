@@ -56,6 +56,8 @@ MAX_TOKENS = 512
 TIME_SCALE = 1000.0
 SIZE, FRAMES = (832, 480), 81
 """Wan2.1-T2V-1.3B's training size: 21 latent frames of 60 × 104, 32,760 tokens."""
+FPS = 16.0
+"""Wan2.1's frames per second."""
 
 
 class Wan(Parts):
@@ -79,6 +81,7 @@ class Wan(Parts):
         self.text_encoder: Any = freeze(text_encoder)
         self.tokenizer, self.schedule = tokenizer, schedule or Flow(5.0)
         self.size, self.frames = size or SIZE, frames or FRAMES
+        self.fps = FPS
         self.stride, self.frame_stride = int(vae.config.scale_factor_spatial), int(vae.config.scale_factor_temporal)
         self._empty = Remembered()
 
@@ -234,6 +237,9 @@ class Wan(Parts):
             "latent_channels": int(self.vae.config.z_dim),
             "latent_stride": self.stride,
             "sizes": (self.size,),
+            "frames": (self.frames,),
+            "frame_stride": self.frame_stride,
+            "fps": self.fps,
             "max_tokens": MAX_TOKENS,
             "preview": scene_preview(self),
         }
