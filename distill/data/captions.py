@@ -2,7 +2,8 @@
 
     python -m distill.data.captions --count 5
 
-A caption is lower-case English of at most 34 words: "a large red metal sphere to the left of two small blue cubes".
+A caption is lower-case English of at most 34 words, 40 for a moving scene: "a large red metal sphere to the left of two
+small blue cubes".
 Facts are the structure (`Described`, relations, motion); the text is only one way of saying them.
 """
 
@@ -39,8 +40,17 @@ _WAYS = {
     "away": ("away", "away from us", "into the distance"),
 }
 _VERBS = {"sphere": "rolling", "cube": "sliding", "cylinder": "sliding"}
+_BOUNCING = ("bouncing", "bouncing up and down")
+_CIRCLING = ("circling", "moving around")
+_CAMERA = {
+    "pan left": ("pans left", "turns to the left"),
+    "pan right": ("pans right", "turns to the right"),
+    "zoom in": ("zooms in", "moves in"),
+    "zoom out": ("zooms out", "moves out"),
+}
+_MEANWHILE = ("as the camera", "while the camera")
 _NUMBERS = {2: "two", 3: "three"}
-_GLUE = ("a", "an", "and", "are", "is", "it", "of", "one", "the", "them", "there", "which", "with", ",", ".")
+_GLUE = ("a", "an", "and", "are", "is", "it", "of", "one", "other", "the", "them", "there", "which", "with", ",", ".")
 """Words of the templates, and the few more ("an", "which", ".") that people put into a prompt of this kind."""
 
 
@@ -65,13 +75,14 @@ class Described:
 class Caption:
     """A text and its facts. things: in the order of their mention; the numbers below are their ``index``.
 
-    relations: (i, name, j) is "thing i stands ``name`` of thing j"; motion: (i, name).
+    relations: (i, name, j) is "thing i stands ``name`` of thing j"; motion: (i, name); camera: of CAMERA_MOTIONS.
     """
 
     text: str
     things: tuple[Described, ...]
     relations: tuple[tuple[int, str, int], ...] = ()
     motion: tuple[int, str] | None = None
+    camera: str = "still"
 
 
 @dataclass(frozen=True)
@@ -111,10 +122,10 @@ def article(word: str) -> str:
 
 def vocabulary() -> tuple[str, ...]:
     """Every word and punctuation mark that a caption can hold, sorted."""
-    tables = (_SHAPES, _SIZES, _COLOURS, _FINISHES, _RELATIONS, _WAYS)
+    tables = (_SHAPES, _SIZES, _COLOURS, _FINISHES, _RELATIONS, _WAYS, _CAMERA)
     phrases = [phrase for table in tables for options in table.values() for phrase in options]
     phrases += [noun + "s" for options in _SHAPES.values() for noun in options]
-    phrases += [*COLOURS, *MATERIALS, *_VERBS.values(), *_NUMBERS.values(), *_GLUE]
+    phrases += [*COLOURS, *MATERIALS, *_VERBS.values(), *_BOUNCING, *_CIRCLING, *_MEANWHILE, *_NUMBERS.values(), *_GLUE]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
@@ -131,16 +142,18 @@ def describe(scene: Scene, rng: Generator, *, full: bool = False) -> Caption:
     pairs = _relations(scene, phrases)
     moving = _moving(scene, phrases, motion, rng)
     if pairs and (full or rng.random() < P_RELATION):
-        text, stated = _relating(phrases, pairs, moving is None, rng)
+        text, stated = _relating(phrases, pairs, scene.motion == "still", rng)
         if moving is not None:
             phrase, action = moving
             text += f", and {_definite(phrase, phrases)} {phrase.be} {action}" if not phrase.plural else f", {action}"
     else:
         text, stated = _listing(phrases, moving, rng), []
+    if scene.camera != "still":
+        text += f", {_pick(_MEANWHILE, rng)} {_pick(_CAMERA[scene.camera], rng)}"
     facts = tuple((i, name, j) for a, name, b in stated for i in a.members for j in b.members)
     mentioned = sorted(phrases, key=lambda phrase: text.find(phrase.indefinite))
     things = tuple(described[i] for phrase in mentioned for i in phrase.members)
-    return Caption(text, things, facts, motion)
+    return Caption(text, things, facts, motion, scene.camera)
 
 
 def true_of(caption: Caption, scene: Scene) -> bool:
@@ -185,9 +198,9 @@ def _groups(scene: Scene) -> list[tuple[int, ...]]:
 
 
 def _steady_relation(a: Thing, b: Thing) -> str | None:
-    """Their relation, if it is the same at both ends of a clip."""
-    name = relation(a, b)
-    return name if relation(a.at(CLIP_SECONDS), b.at(CLIP_SECONDS)) == name else None
+    """Their relation, if it is the same all through a clip."""
+    names = {relation(a.at(part * CLIP_SECONDS), b.at(part * CLIP_SECONDS)) for part in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    return names.pop() if len(names) == 1 else None
 
 
 def _relations(scene: Scene, phrases: list[_Phrase]) -> list[tuple[_Phrase, str, _Phrase]]:
@@ -253,8 +266,22 @@ def _moving(
         return None
     index, name = motion
     phrase = next(p for p in phrases if index in p.members)
-    action = f"{_VERBS[scene.things[index].shape]} {_pick(_WAYS[name], rng)}"
+    if name == "bounce":
+        action = _pick(_BOUNCING, rng)
+    elif name == "orbit":
+        action = f"{_pick(_CIRCLING, rng)} {_centre(scene, scene.things[index], phrase, phrases)}"
+    else:
+        action = f"{_VERBS[scene.things[index].shape]} {_pick(_WAYS[name], rng)}"
     return phrase, f"one of them {action}" if phrase.plural else action
+
+
+def _centre(scene: Scene, orbiting: Thing, mover: _Phrase, phrases: list[_Phrase]) -> str:
+    """What to call the thing around which another goes."""
+    index = next(i for i, thing in enumerate(scene.things) if (thing.x, thing.z) == orbiting.centre)
+    phrase = next(p for p in phrases if index in p.members)
+    if phrase is mover:
+        return "the other"
+    return f"one of {_definite(phrase, phrases)}" if phrase.plural else _definite(phrase, phrases)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.data import camera
+from distill.data.camera import EYE, Vector
 from distill.data.world import (
     COLOURS,
     HELD_OUT,
@@ -65,15 +67,11 @@ _RGB = {
     "cyan": (0.10, 0.68, 0.74),
     "yellow": (0.92, 0.78, 0.08),
 }
-_CAMERA = (0.0, 4.1, -6.6)
-_LOOK_AT = (0.0, 0.30, 0.05)
-_FIELD_OF_VIEW = math.radians(37.0)
 _LIGHT_HALF_ANGLE = 0.11
+_FADING = 2.0
+"""How fast the dark under a thing fades as it rises, per unit."""
 _NO_THING = (0.0, -1e3, 0.0, 0.0)
 """Stands in for a missing neighbour: far below the ground, where it shadows nothing."""
-
-Vector = tuple[Tensor, ...]
-"""x, y and z as three tensors that broadcast against each other."""
 
 
 def render(scenes: list[Scene], size: int = 64, *, samples: int = 2, device: str = "cpu") -> Tensor:
@@ -115,48 +113,11 @@ def _render(scenes: list[Scene], size: int, samples: int, device: str) -> Tensor
     return levels.clamp(0, 255).to(torch.uint8).view(3, len(scenes), size, size).transpose(0, 1).contiguous()
 
 
-# --- camera ----------------------------------------------------------------------------------------------------
-
-
-def _camera_axes() -> tuple[tuple[float, ...], ...]:
-    """Unit vectors right, up, forward of a camera that stands upright with x to its right."""
-    (cx, cy, cz), (tx, ty, tz) = _CAMERA, _LOOK_AT
-    assert cx == tx, "the camera looks along the z axis"
-    length = math.hypot(ty - cy, tz - cz)
-    y, z = (ty - cy) / length, (tz - cz) / length
-    return (1.0, 0.0, 0.0), (0.0, z, -y), (0.0, y, z)
-
-
-def project(thing: Thing) -> tuple[float, float]:
-    """Where a thing's centre appears: (u, v) in [0, 1] from the left and the top of the picture."""
-    centre = (thing.x, _box(thing)[1], thing.z)
-    offset = [part - eye for part, eye in zip(centre, _CAMERA, strict=True)]
-    right, up, depth = (sum(a * b for a, b in zip(axis, offset, strict=True)) for axis in _camera_axes())
-    scale = 0.5 / (depth * math.tan(_FIELD_OF_VIEW / 2))
-    return 0.5 + right * scale, 0.5 - up * scale
-
-
-def _directions(row: Tensor, column: Tensor, size: int) -> Vector:
-    """Rays through pixel centres, scaled to 1 along the camera's axis. row: (…, H, 1), column: (…, 1, W)."""
-    _, up, forward = _camera_axes()
-    slope = math.tan(_FIELD_OF_VIEW / 2)
-    u, v = ((column + 0.5) / size * 2 - 1) * slope, (1 - (row + 0.5) / size * 2) * slope
-    return u, forward[1] + up[1] * v, forward[2] + up[2] * v
-
-
-def _window(points: Vector, size: int) -> tuple[Tensor, Tensor]:
-    """Rows (n, H, 1) and columns (n, 1, W) of the pixels that hold the hulls of world points (n, k)."""
-    seen = torch.stack([part - eye for part, eye in zip(points, _CAMERA, strict=True)], -1)
-    right, up, depth = (seen @ torch.tensor(_camera_axes(), device=seen.device).T).unbind(-1)
-    scale = 0.5 * size / (depth.clamp_min(0.1) * math.tan(_FIELD_OF_VIEW / 2))
-    return _span(0.5 * size - up * scale, size)[:, :, None], _span(0.5 * size + right * scale, size)[:, None, :]
-
-
-def _span(corners: Tensor, size: int) -> Tensor:
-    """Indices of equally many pixels per thing, inside the picture, that cover its points. (n, k) to (n, W)."""
-    low, high = corners.amin(1), corners.amax(1)
-    width = min(int((high - low).amax().ceil()) + 2, size)
-    return (low - 1).floor().clamp(0, size - width)[:, None] + torch.arange(width, device=corners.device)
+def project(thing: Thing, scene: Scene | None = None) -> tuple[float, float]:
+    """Where a thing's centre appears, by the camera as it stands or as the scene has it: (u, v) in [0, 1]."""
+    pan, zoom = (scene.pan, scene.zoom) if scene else (0.0, 1.0)
+    x, z = camera.seen_at(thing.x, thing.z, pan)
+    return camera.appears((x, thing.lift + _box(thing)[1], z), zoom)
 
 
 # --- things ----------------------------------------------------------------------------------------------------
@@ -168,6 +129,7 @@ class _Group:
 
     shape: str
     scene: Tensor  # (n,) index of each thing's scene
+    zoom: Tensor  # of each thing's scene
     centre: Vector
     half: Tensor  # cube half edge, cylinder or sphere radius
     height: Tensor  # half height
@@ -186,17 +148,20 @@ def _groups(scenes: list[Scene], device: str) -> list[_Group]:
     rows: dict[tuple[str, str], list[tuple[int, tuple[float, ...]]]] = {}
     for index, scene in enumerate(scenes):
         boxes = [_box(thing) for thing in scene.things]
+        places = [camera.seen_at(thing.x, thing.z, scene.pan) for thing in scene.things]
         light = _light(scene)
         for i, thing in enumerate(scene.things):
-            others = [_bounds(o, b) for j, (o, b) in enumerate(zip(scene.things, boxes, strict=True)) if j != i]
+            near = zip(scene.things, boxes, places, strict=True)
+            others = [_bounds(o, box, place) for j, (o, box, place) in enumerate(near) if j != i]
             others += [_NO_THING] * (most - len(scene.things))
-            turn = (math.cos(thing.yaw), math.sin(thing.yaw))
+            turn = (math.cos(thing.yaw + scene.pan), math.sin(thing.yaw + scene.pan))
             glint = 90.0 if thing.shape == "sphere" else 36.0
             finish = (1.0, 1.3, glint) if thing.material == "metal" else (0.0, 0.05, 12.0)
             row: tuple[float, ...] = (
-                thing.x,
-                boxes[i][1],
-                thing.z,
+                scene.zoom,
+                places[i][0],
+                thing.lift + boxes[i][1],
+                places[i][1],
                 *boxes[i],
                 *turn,
                 *_RGB[thing.colour],
@@ -215,17 +180,18 @@ def _group(shape: str, members: Sequence[tuple[int, tuple[float, ...]]], device:
     return _Group(
         shape,
         scene,
-        centre=c[:3],
-        half=c[3],
-        height=c[4],
-        cos=c[5],
-        sin=c[6],
-        rgb=c[7:10],
-        metal=c[10],
-        shine=c[11],
-        sharpness=c[12],
-        light=c[13:16],
-        neighbours=tuple(c[i : i + 4] for i in range(16, len(c), 4)),
+        zoom=c[0],
+        centre=c[1:4],
+        half=c[4],
+        height=c[5],
+        cos=c[6],
+        sin=c[7],
+        rgb=c[8:11],
+        metal=c[11],
+        shine=c[12],
+        sharpness=c[13],
+        light=c[14:17],
+        neighbours=tuple(c[i : i + 4] for i in range(17, len(c), 4)),
     )
 
 
@@ -237,14 +203,16 @@ def _box(thing: Thing) -> tuple[float, float]:
     )
 
 
-def _bounds(thing: Thing, box: tuple[float, float]) -> tuple[float, float, float, float]:
+def _bounds(thing: Thing, box: tuple[float, float], place: tuple[float, float]) -> tuple[float, float, float, float]:
     """The sphere that stands for a thing when it shadows another."""
-    return thing.x, box[1], thing.z, box[0] * {"sphere": 1.0, "cube": 1.12, "cylinder": 1.06}[thing.shape]
+    radius = box[0] * {"sphere": 1.0, "cube": 1.12, "cylinder": 1.06}[thing.shape]
+    return place[0], thing.lift + box[1], place[1], radius
 
 
 def _light(scene: Scene) -> tuple[float, float, float]:
+    """The unit vector to the light, in the camera's frame."""
     azimuth = scene.light - 0.75
-    x, y, z = math.sin(azimuth), 1.25, -0.72 * math.cos(azimuth)
+    y, (x, z) = 1.25, camera.turned(math.sin(azimuth), -0.72 * math.cos(azimuth), scene.pan)
     length = math.hypot(x, y, z)
     return x / length, y / length, z / length
 
@@ -267,7 +235,7 @@ def _outline(group: _Group) -> Vector:
     """World points (n, k) that bound what the camera sees of each thing; a sphere's silhouette is nearly its disc."""
     if group.shape != "sphere":
         return _hull(group)
-    right, up, _ = _camera_axes()
+    right, up, _ = camera.axes()
     offsets = [[1.02 * (i * r + j * u) for i in (-1, 1) for j in (-1, 1)] for r, u in zip(right, up, strict=True)]
     unit = torch.tensor(offsets, device=group.half.device)
     x, y, z = (centre + part * group.half for part, centre in zip(unit, group.centre, strict=True))
@@ -318,9 +286,9 @@ def _interval(group: _Group, origin: Vector, ray: Vector) -> tuple[Tensor, Tenso
 
 def _trace(group: _Group, size: int, samples: int, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where rays meet the things: places in the batch's radiance (P,), depths (P,) and linear radiance (3, P)."""
-    row, column = _window(_outline(group), size * samples)
-    ray = _directions(row, column, size * samples)
-    origin = _to_local(group, tuple(eye - centre for eye, centre in zip(_CAMERA, group.centre, strict=True)))
+    row, column = camera.window(_outline(group), size * samples, group.zoom[:, 0])
+    ray = camera.directions(row, column, size * samples, group.zoom)
+    origin = _to_local(group, tuple(eye - centre for eye, centre in zip(EYE, group.centre, strict=True)))
     near, far = _interval(group, origin, direction := _to_local(group, ray))
     found = torch.nonzero(((near < far) & (near > 0)).flatten()).flatten()
     colour = _surface(group, tuple(o + near * d for o, d in zip(origin, direction, strict=True)), ray)
@@ -424,8 +392,7 @@ def _occlusion(group: _Group, point: Vector) -> Tensor:
 
 def _ground(scenes: list[Scene], groups: list[_Group], size: int, device: str) -> Tensor:
     """Linear radiance of the ground under every pixel, shadowed by the things: (3, B, size, size)."""
-    pixels = torch.arange(size, device=device, dtype=torch.float32)
-    x, z = _ground_points(pixels[:, None], pixels[None, :], size)
+    x, z = _ground_of(scenes, size, device)
     lit = torch.ones(len(scenes) * size**2, device=device)
     for group in groups:
         place, shadow = _cast_shadow(group, size)
@@ -438,11 +405,16 @@ def _ground(scenes: list[Scene], groups: list[_Group], size: int, device: str) -
     return torch.stack([key * w + sky * c for w, c in zip(warm, cool, strict=True)])
 
 
-def _ground_points(row: Tensor, column: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """x and z at which rays through pixels meet the ground."""
-    dx, dy, dz = _directions(row, column, size)
-    t = (_CAMERA[1] / (-dy).clamp_min(1e-3)).clamp_max(40.0)
-    return _CAMERA[0] + t * dx, _CAMERA[2] + t * dz
+def _ground_of(scenes: list[Scene], size: int, device: str) -> tuple[Tensor, Tensor]:
+    """x and z in the world under every pixel, (B, size, size), or (1, size, size) if all cameras stand alike."""
+    views = [(scene.pan, scene.zoom) for scene in scenes]
+    pans, zooms = torch.tensor(views if len({*views}) > 1 else views[:1], device=device)[:, :, None, None].unbind(1)
+    pixels = torch.arange(size, device=device, dtype=torch.float32)
+    x, z = camera.ground_points(pixels[:, None], pixels[None, :], size, zooms)
+    if not pans.any():
+        return x, z
+    right, ahead = x - EYE[0], z - EYE[2]
+    return EYE[0] + pans.cos() * right + pans.sin() * ahead, EYE[2] + pans.cos() * ahead - pans.sin() * right
 
 
 def _cast_shadow(group: _Group, size: int) -> tuple[Tensor, Tensor]:
@@ -455,8 +427,8 @@ def _cast_shadow(group: _Group, size: int) -> tuple[Tensor, Tensor]:
         (torch.cat((foot_x + i * blur, x), 1), torch.cat((foot_z + j * blur, z), 1)) for i in (-1, 1) for j in (-1, 1)
     ]
     all_x, all_z = (torch.cat(parts, 1) for parts in zip(*edges, strict=True))
-    row, column = _window((all_x, torch.zeros_like(all_x), all_z), size)
-    gx, gz = _ground_points(row, column, size)
+    row, column = camera.window((all_x, torch.zeros_like(all_x), all_z), size, group.zoom[:, 0])
+    gx, gz = camera.ground_points(row, column, size, group.zoom)
     shadow = _occlusion(group, (gx, torch.zeros_like(gx), gz))
     place = (group.scene[:, None, None] * size + row.long()) * size + column.long()
     return place.flatten(), shadow.flatten()
@@ -465,12 +437,16 @@ def _cast_shadow(group: _Group, size: int) -> tuple[Tensor, Tensor]:
 def _open_sky(scenes: list[Scene], x: Tensor, z: Tensor) -> Tensor:
     """How much of the sky ground points see past the things that stand near: (B, H, W) in (0, 1]."""
     most = max(len(scene.things) for scene in scenes)
-    spots = [[(t.x, t.z, _box(t)[1]) for t in s.things] + [(1e3, 1e3, 1.0)] * (most - len(s.things)) for s in scenes]
-    open_sky = torch.ones(len(scenes), *x.shape, device=x.device)
+    spots = [
+        [(t.x, t.z, _box(t)[1], 0.55 * math.exp(-_FADING * t.lift)) for t in scene.things]
+        + [(1e3, 1e3, 1.0, 0.0)] * (most - len(scene.things))
+        for scene in scenes
+    ]
+    open_sky = torch.ones(len(scenes), *x.shape[1:], device=x.device)
     for spot in torch.tensor(spots, device=x.device).unbind(1):
-        at_x, at_z, height = spot.T[..., None, None].unbind()
+        at_x, at_z, height, depth = spot.T[..., None, None].unbind()
         reach = (x - at_x) ** 2 + (z - at_z) ** 2
-        open_sky = open_sky * (1 - 0.55 / (1 + (reach / (1.1 * height * height)) ** 2))
+        open_sky = open_sky * (1 - depth / (1 + (reach / (1.1 * height * height)) ** 2))
     return open_sky
 
 

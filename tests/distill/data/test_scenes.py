@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.data.scenes import render, render_clip
+from distill.data.scenes import project, render, render_clip
 from distill.data.world import (
+    CAMERA_MOTIONS,
     CLIP_SECONDS,
     COLOURS,
     GROUND_HALF_DEPTH,
@@ -236,14 +239,16 @@ def test_nothing_to_render_is_refused() -> None:
 # --- motion ----------------------------------------------------------------------------------------------------
 
 
-def test_exactly_one_thing_moves_in_a_moving_scene() -> None:
+def test_exactly_one_thing_or_the_camera_moves_in_a_moving_scene() -> None:
     moving = [sample_scene(0, i, moving=True) for i in range(1_000)]
     for scene in moving:
         movers = [thing for thing in scene.things if thing.motion != "still"]
-        assert len(movers) == 1
-        assert 0.5 <= movers[0].speed <= 1.0
-    assert {thing.motion for scene in moving for thing in scene.things} == set(MOTIONS)
-    assert all(thing.motion == "still" for scene in STREAM for thing in scene.things)
+        assert len(movers) + (scene.camera != "still") == 1
+        assert scene.motion == (movers[0].motion if movers else scene.camera)
+        assert scene.at(0.7) != scene.at(1.3)
+    counts = Counter(scene.motion for scene in moving)
+    assert counts.keys() == {*MOTIONS[1:], *CAMERA_MOTIONS[1:]} and min(counts.values()) > 25
+    assert all(scene.motion == "still" and scene.at(1.0) == scene for scene in STREAM)
 
 
 def test_moving_things_touch_nothing_and_stay_in_view() -> None:
@@ -255,9 +260,10 @@ def test_moving_things_touch_nothing_and_stay_in_view() -> None:
                 assert math.hypot(a.x - b.x, a.z - b.z) > a.radius + b.radius
             assert all(abs(t.x) < GROUND_HALF_WIDTH + 0.2 for t in moment.things)
             assert all(abs(t.z) < GROUND_HALF_DEPTH + 0.2 for t in moment.things)
+            assert all(0.05 < part < 0.95 for t in moment.things for part in project(t, moment))
 
 
-@pytest.mark.parametrize("motion", MOTIONS)
+@pytest.mark.parametrize("motion", MOTIONS[:5])
 def test_motions_go_their_way_in_the_picture(motion: str) -> None:
     scene = Scene((Thing("sphere", "red", "small", "rubber", 0, 0, motion=motion, speed=0.8),))
     first, last = (centre(difference(moment)) for moment in (scene.at(0), scene.at(1)))
@@ -269,6 +275,58 @@ def test_motions_go_their_way_in_the_picture(motion: str) -> None:
         "towards": down > 3 and abs(right) < 1,
         "away": down < -3 and abs(right) < 1,
     }[motion]
+
+
+def test_what_bounces_leaves_the_ground_and_its_shadow_stays() -> None:
+    thing = Thing("cube", "red", "small", "rubber", 0, 0, motion="bounce", speed=1.0)
+    scene = Scene((thing,))
+    lifts = [scene.at(t).things[0].lift for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert lifts == pytest.approx([0, 0.5625, 0.75, 0.5625, 0])
+    ground, low, high = render([GROUND, scene.at(0.0), scene.at(0.5)]).int()
+    red = [(image[0] - image[2]) > 40 for image in (low, high)]
+    assert centre(red[0])[0] - centre(red[1])[0] > 6
+    dark = [((ground - image).amin(0) > 20).sum() for image in (low, high)]
+    assert min(dark) > 15, "it casts a shadow, wherever it is"
+
+
+@pytest.mark.parametrize("speed", [1.2, -1.2])
+def test_orbits_keep_their_distance_and_pass_in_front_to_the_left_if_positive(speed: float) -> None:
+    in_front = Thing("sphere", "red", "small", "rubber", 0.2, -1.2, motion="orbit", speed=speed, centre=(0.2, 0.0))
+    path = [in_front.at(t) for t in (0.0, 0.1, 1.0, math.tau / 1.2)]
+    assert [math.hypot(t.x - 0.2, t.z) for t in path] == pytest.approx([1.2] * 4)
+    assert (path[1].x < path[0].x) == (speed > 0)
+    assert (path[3].x, path[3].z) == pytest.approx((0.2, -1.2))
+
+
+@pytest.mark.parametrize("name", CAMERA_MOTIONS[1:])
+def test_the_camera_moves_as_its_motion_says(name: str) -> None:
+    """The world of a camera that turns right goes left in the picture; zooming in spreads it from the middle."""
+    things = (Thing("sphere", "red", "small", "rubber", 1.0, 0.3), Thing("cube", "blue", "large", "rubber", -0.9, 0))
+    scene = Scene(things, camera=name, camera_speed=0.08)
+    first, last = scene.at(0), scene.at(CLIP_SECONDS)
+    assert scene.at(CLIP_SECONDS / 2) == Scene(things, camera=name, camera_speed=0.08)
+    (a, b), (c, d) = ([project(thing, moment) for thing in things] for moment in (first, last))
+    apart = (c[0] - d[0]) / (a[0] - b[0])
+    if name.startswith("pan"):
+        assert (c[0] < a[0]) == (d[0] < b[0]) == (name == "pan right") and apart == pytest.approx(1, abs=0.05)
+    else:
+        assert apart == pytest.approx(math.exp(0.16 if name == "zoom in" else -0.16))
+    for moment, (u, v) in ((first, a), (last, c)):
+        image = render([moment])[0].int()
+        row, column = centre((image[0] - image[2]) > 60)
+        assert (column + 0.5) / 64 == pytest.approx(u, abs=0.02) and (row + 0.5) / 64 == pytest.approx(v, abs=0.03)
+
+
+def test_turning_the_camera_or_the_world_around_it_is_the_same() -> None:
+    """Highlights, shadows and neighbours turn along; the ground's own light stays with the ground."""
+    scene = sample_scene(0, 11, count=3)
+    turned = replace(scene, pan=0.06)
+    far, near = render([turned, scene], 64, samples=3).int()
+    shift = [project(t, turned)[0] - project(t, scene)[0] for t in scene.things]
+    assert all(-0.15 < s < -0.04 for s in shift)
+    moved = round(64 * float(np.mean(shift)))
+    inner = (far[:, :, 12 + moved : 52 + moved] - near[:, :, 12:52]).abs().float()
+    assert inner.mean() < 0.6 * (far[:, :, 12:52] - near[:, :, 12:52]).abs().float().mean()
 
 
 def test_clips_are_pictures_of_moments() -> None:
