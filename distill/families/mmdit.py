@@ -11,6 +11,7 @@ x_t = (1 − t)·x0 + t·ε, the network predicts ε − x0. Traps kept in one p
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -126,11 +127,11 @@ class Mmdit(Parts):
 
 
 def _save_part(part: Any, folder: Path) -> None:
-    """In float16, or as it is in bfloat16, to be computed in float32: a pipeline cannot mix the two."""
-    if part.dtype is not torch.bfloat16:
+    """In bfloat16 where that holds every weight, else in float16; its config names float32, as pipelines mix none."""
+    if not all(torch.equal(p.to(torch.bfloat16).to(p.dtype), p) for p in part.parameters()):
         save_half(part, folder)
         return
-    part.save_pretrained(folder)
+    copy.deepcopy(part).to(torch.bfloat16).save_pretrained(folder)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 

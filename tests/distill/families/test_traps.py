@@ -29,8 +29,8 @@ Folder = Callable[[str], Path]
 
 
 def test_each_family_has_its_own_input_without_a_prompt(tiny_teacher: Folder) -> None:
-    sdxl, sd15, sit, wan = (
-        FAMILIES[name].from_folder(tiny_teacher(name))[0] for name in ("sdxl", "sd15", "sit", "wan")
+    sdxl, sd15, sd3, flux, sit, wan = (
+        FAMILIES[name].from_folder(tiny_teacher(name))[0] for name in ("sdxl", "sd15", "sd3", "flux", "sit", "wan")
     )
     assert not any(value.any() for value in sdxl.unconditional(2).values())
     empty = sd15.unconditional(2)["prompt_embeds"]
@@ -38,7 +38,11 @@ def test_each_family_has_its_own_input_without_a_prompt(tiny_teacher: Folder) ->
     assert sit.unconditional(2)["labels"].tolist() == [1000, 1000]
     negative = wan.unconditional(2)["prompt_embeds"]
     assert torch.equal(negative[:1], wan.encode([NEGATIVE_PROMPT])["prompt_embeds"])
-    for family in (sdxl, sd15, sit, wan):
+    for family in (sd3, flux):
+        nothing = family.unconditional(2)
+        assert all(torch.equal(nothing[key][1:], value) for key, value in family.encode([""]).items())
+        assert bool(nothing["prompt_embeds"][:, -1].any())  # T5's padding is not zero
+    for family in (sdxl, sd15, sd3, flux, sit, wan):
         shapes = {name: (value.shape, value.dtype) for name, value in family.unconditional(3).items()}
         assert {name: (value.shape, value.dtype) for name, value in family.blank(3).items()} == shapes
 
@@ -59,7 +63,7 @@ def test_an_input_without_a_prompt_is_encoded_once() -> None:
     assert float(second["prompt_embeds"].max()) == 3.0
 
 
-@pytest.mark.parametrize("name", ["sd15", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
 def test_an_input_without_a_prompt_does_not_depend_on_who_asks_first(name: str, tiny_teacher: Folder) -> None:
     """Otherwise a resumed run, whose first caller is another one, would go another way."""
     first, second = (FAMILIES[name].from_folder(tiny_teacher(name))[0] for _ in range(2))
@@ -160,13 +164,13 @@ def test_sizes_that_a_network_cannot_cut_are_refused(tiny_teacher: Folder) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd15", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan"])
 def test_rows_do_not_see_each_other_and_every_input_matters(name: str, tiny_teacher: Folder) -> None:
-    size = {"size": (32, 32), "frames": 5} if name == "wan" else {}
+    size = {"wan": {"size": (32, 32), "frames": 5}, "sd15": {}}.get(name, {"size": (48, 32)})
     family, network = FAMILIES[name].from_folder(tiny_teacher(name), **size)
     network.eval()
     x = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([0.2, 0.8], dtype=torch.float64) * (1 if name == "wan" else 1000)
+    t = torch.tensor([0.2, 0.8], dtype=torch.float64) * (1000 if name == "sd15" else 1)
     condition = family.encode(["a red cube", "two green spheres"])
     found = family.predict(network, x, t, condition, taps=("mid",))
     assert found.features["mid"].ndim == 4 and found.x0.shape == x.shape and found.x0.dtype is torch.float32
@@ -180,7 +184,7 @@ def test_rows_do_not_see_each_other_and_every_input_matters(name: str, tiny_teac
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd15", "sit", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "sit", "wan"])
 def test_saved_folders_give_the_same_outputs_up_to_float16(name: str, tiny_teacher: Folder, tmp_path: Path) -> None:
     family, network = FAMILIES[name].from_folder(tiny_teacher(name))
     trained = copy.deepcopy(network).eval()
