@@ -42,6 +42,9 @@ class SceneData(Strict):
     seed: int = 1
     count: int = Field(50_000, gt=0)
     size: int = Field(64, ge=16)
+    frames: int | None = Field(
+        None, ge=5, description="of clips of moving scenes, 4·n + 1 at 8 per second; None: stills"
+    )
     held_out_prompts: Fraction | None = Field(
         None, description="share of a distillation's prompts that name held-out combinations; pictures never show them"
     )
@@ -127,10 +130,38 @@ class VaeRecipe(Base):
     detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
 
 
+class VideoVaeModel(Strict):
+    base_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4)
+    latent_channels: int = 8
+    res_blocks: int = 1
+
+
+class VideoVaeRecipe(Base):
+    task: Literal["video-vae"]
+    data: SceneData = SceneData(count=2_000, frames=17)
+    window: int = Field(9, ge=5, description="frames of a clip that one sample sees, 4·n + 1")
+    model: VideoVaeModel = VideoVaeModel()
+    optimizer: Optimizer
+    kl_weight: float = Field(1e-6, ge=0)
+    gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
+    detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
+
+
 class ClipTower(Strict):
     width: int
     layers: int
     heads: int
+
+
+class TextRecipe(Base):
+    """A UMT5 encoder of moving scenes' captions; heads read every fact from the state of its end token."""
+
+    task: Literal["text"]
+    data: SceneData = SceneData(frames=17)
+    tower: ClipTower
+    max_tokens: int = 64
+    optimizer: Optimizer
 
 
 class ClipRecipe(Base):
@@ -202,6 +233,25 @@ class SdxlSource(Strict):
         return self
 
 
+class WanModel(Strict):
+    """Sizes of a WanTransformer3DModel."""
+
+    width: int = 192
+    layers: int = 8
+    heads: int = 4
+    feed_forward: int = 768
+
+
+class WanSource(Strict):
+    """The wan family from its parts (a fresh transformer) — for training a teacher."""
+
+    family: Literal["wan"]
+    vae: str
+    text_encoder: str = Field(description="folder of a UMT5 encoder, with its tokenizer in tokenizer/")
+    transformer: WanModel = WanModel()
+    shift: float = Field(3.0, gt=0, description="of the flow's time")
+
+
 class SitModel(Strict):
     """A class-conditional DiT in pixel space on 8 × 8 digits."""
 
@@ -212,7 +262,7 @@ class SitModel(Strict):
     patch: int = 2
 
 
-Source = Annotated[SdxlSource | SitModel, Field(discriminator="family")]
+Source = Annotated[SdxlSource | WanSource | SitModel, Field(discriminator="family")]
 
 
 class DiffusionRecipe(Base):
@@ -229,7 +279,12 @@ class DiffusionRecipe(Base):
     @model_validator(mode="after")
     def _data_fits(self) -> DiffusionRecipe:
         if (self.model.family == "sit") != (self.data == "digits"):
-            raise ValueError(f"the {self.model.family} family does not learn these data; sit takes digits, sdxl scenes")
+            raise ValueError(
+                f"the {self.model.family} family does not learn these data; sit takes digits, others scenes"
+            )
+        frames = None if self.data == "digits" else self.data.frames
+        if (self.model.family == "wan") != (frames is not None):
+            raise ValueError(f"data.frames is {frames}; the wan family learns clips, of 17 frames say, others stills")
         return self
 
 
@@ -386,13 +441,22 @@ class DistillRecipe(Base):
 
 
 Recipe = Annotated[
-    VaeRecipe | ClipRecipe | RewardRecipe | LabellerRecipe | DiffusionRecipe | DistillRecipe,
+    VaeRecipe
+    | VideoVaeRecipe
+    | ClipRecipe
+    | TextRecipe
+    | RewardRecipe
+    | LabellerRecipe
+    | DiffusionRecipe
+    | DistillRecipe,
     Field(discriminator="task"),
 ]
 _RECIPE: TypeAdapter[Any] = TypeAdapter(Recipe)
 _CLASSES: dict[str, type[Base]] = {
     "vae": VaeRecipe,
+    "video-vae": VideoVaeRecipe,
     "clip": ClipRecipe,
+    "text": TextRecipe,
     "reward": RewardRecipe,
     "labeller": LabellerRecipe,
     "diffusion": DiffusionRecipe,

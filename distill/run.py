@@ -27,7 +27,9 @@ from distill.reward_names import KINDS, parse_reward
 
 TASKS = {
     "vae": "distill.tasks.vae:VaeTask",
+    "video-vae": "distill.tasks.video_vae:VideoVaeTask",
     "clip": "distill.tasks.clip:ClipTask",
+    "text": "distill.tasks.text:TextTask",
     "reward": "distill.tasks.reward:reward_task",
     "labeller": "distill.tasks.labeller:LabellerTask",
     "diffusion": "distill.tasks.diffusion:DiffusionTask",

@@ -20,11 +20,18 @@ WORLD_VERSION = 2
 """Raise it when a change of distill.data.scenes changes pictures, so that cached ones are not reused."""
 HELD_OUT_SEED = 9_001
 """A stream of scenes that no training uses."""
+CLIP_VERSION = 1
+"""As WORLD_VERSION, of moving scenes."""
+FPS = 8.0
 _CHUNK = 256
 
 
 def cached_array(
-    name: str, shape: tuple[int, ...], dtype: type, fill: Callable[[int, int], NDArray[np.generic]]
+    name: str,
+    shape: tuple[int, ...],
+    dtype: type,
+    fill: Callable[[int, int], NDArray[np.generic]],
+    chunk: int = _CHUNK,
 ) -> NDArray[np.generic]:
     """A memory-mapped array ``CACHE/name.npy``, made chunk by chunk with ``fill(start, stop)`` if it is not there.
 
@@ -35,8 +42,8 @@ def cached_array(
         CACHE.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        for start in tqdm(range(0, shape[0], _CHUNK), desc=name, unit="chunk", leave=False):
-            stop = min(start + _CHUNK, shape[0])
+        for start in tqdm(range(0, shape[0], chunk), desc=name, unit="chunk", leave=False):
+            stop = min(start + chunk, shape[0])
             array[start:stop] = fill(start, stop)
         array.flush()
         os.replace(temporary, path)
@@ -53,3 +60,14 @@ def scene_images(seed: int, count: int, size: int = 64, combinations: str = "tra
 
     name = f"scenes-{combinations}-{seed}-{count}-{size}-v{WORLD_VERSION}"
     return cached_array(name, (count, 3, size, size), np.uint8, fill)  # type: ignore[return-value]
+
+
+def scene_clips(seed: int, count: int, frames: int, size: int = 64, combinations: str = "trained") -> NDArray[np.uint8]:
+    """Moving scenes 0 … count − 1 of a stream at FPS frames per second: (count, 3, frames, size, size) uint8."""
+
+    def fill(start: int, stop: int) -> NDArray[np.generic]:
+        moving = (scenes.sample_scene(seed, i, combinations=combinations, moving=True) for i in range(start, stop))
+        return np.stack([scenes.render_clip(scene, frames, size, fps=FPS).numpy() for scene in moving])
+
+    name = f"clips-{combinations}-{seed}-{count}-{frames}-{size}-v{CLIP_VERSION}"
+    return cached_array(name, (count, 3, frames, size, size), np.uint8, fill, chunk=16)  # type: ignore[return-value]

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from distill.data.cache import FPS
 from distill.data.captions import describe
 from distill.data.scenes import render, render_clip
 from distill.data.world import Scene, sample_scene
 
 _GAP, _MARGIN, _FONT_SIZE, _CAPTION_LINES = 10, 14, 11, 5
 _PAPER, _INK = (250, 250, 248), (40, 40, 44)
-FPS = 8.0
 
 
 def draw_sheet(images: NDArray[np.uint8], captions: Sequence[str], columns: int) -> Image.Image:

@@ -1,6 +1,8 @@
-"""A CLIP tokenizer over the vocabulary of captions: every grammar word is one token, every other text falls to bytes.
+"""Tokenizers over the vocabulary of captions: every grammar word is one token, every other text falls to bytes.
 
     python -m distill.data.tokenizer bundles/scenes-sdxl/tokenizer
+
+``build_tokenizer`` makes CLIP's, ``build_t5_tokenizer`` the same words with the special tokens of T5 and UMT5.
 
 The folder loads in transformers' ``CLIPTokenizer`` and, through ``tokenizer.json``, in ``tokenizers`` alone; both give
 the same ids. Texts are lower-cased, begin with ``<|startoftext|>``, end with ``<|endoftext|>`` and are padded with it.
@@ -48,6 +50,26 @@ def build_tokenizer(folder: Path, max_tokens: int = 40) -> None:
     _tokenizer(vocab, merges, max_tokens).save(str(folder / "tokenizer.json"))
 
 
+PAD, STOP, UNKNOWN = "<pad>", "</s>", "<unk>"
+"""T5's special tokens, with the ids 0, 1 and 2."""
+
+
+def build_t5_tokenizer(folder: Path, max_tokens: int = 64) -> None:
+    """Write tokenizer.json and its config into ``folder``: texts end with ``</s>``, and are as long as they are."""
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}; give at least 2: one token and the end")
+    merges = _merges(vocabulary())
+    vocab = {token: i for i, token in enumerate([PAD, STOP, UNKNOWN, *_alphabet(), *(a + b for a, b in merges)])}
+    tokenizer = _words(vocab, merges, UNKNOWN)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {STOP}", special_tokens=[(STOP, vocab[STOP])])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, STOP, UNKNOWN)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": PAD, "eos_token": STOP, "unk_token": UNKNOWN}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens, **special}
+    _write_json(folder / "tokenizer_config.json", config)
+
+
 def _write_json(path: Path, content: dict[str, object] | dict[str, int] | dict[str, str]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
@@ -89,9 +111,11 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], max_tokens: int) -> Tokenizer:
-    """The same pipeline that transformers builds for CLIP, with CLIP's fixed length."""
-    model = BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=WORD_END, unk_token=END)
+def _words(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:
+    """Lower-cased words by CLIP's pattern, merged from bytes."""
+    model = BPE(
+        vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=WORD_END, unk_token=unknown
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -103,6 +127,12 @@ def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], max_tokens:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], max_tokens: int) -> Tokenizer:
+    """The same pipeline that transformers builds for CLIP, with CLIP's fixed length."""
+    tokenizer = _words(vocab, merges, END)
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocab[END]), (BEGIN, vocab[BEGIN]), trim_offsets=False, add_prefix_space=False
     )

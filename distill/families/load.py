@@ -60,12 +60,19 @@ def load_teacher(recipe: DistillRecipe) -> Teacher:
     folder = local_folder(recipe.teacher)
     bundle = Bundle.open(folder) if (folder / MANIFEST).is_file() else None
     name = recipe.family or (bundle.manifest.family if bundle else family_of(folder))
-    family, network = FAMILIES[name].from_folder(folder, **options_for(recipe, name))
+    own = clip_of(bundle) if bundle and name == "wan" else {}
+    family, network = FAMILIES[name].from_folder(folder, **own | options_for(recipe, name))
     family.schedule = with_grid(family.schedule, recipe)
     if bundle:
         source = {"digest": bundle.digest, **bundle.manifest.provenance}
         return Teacher(family, network, bundle.manifest.examples, source)
     return Teacher(family, network, (), {"source": recipe.teacher, "revision": _revision(folder), **_digests(folder)})
+
+
+def clip_of(bundle: Bundle) -> dict[str, Any]:
+    """Size, frames and frames per second of a bundle's clips, which its diffusers folder does not tell."""
+    manifest = bundle.manifest
+    return {"size": manifest.sizes[0], "frames": manifest.frames[0], "fps": manifest.fps} if manifest.frames else {}
 
 
 def options_for(recipe: DistillRecipe, family: str) -> dict[str, Any]:

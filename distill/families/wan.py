@@ -28,6 +28,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from distill.config import WanModel, WanSource
 from distill.families.base import Condition, Prediction, coefficients
 from distill.families.parts import (
     Parts,
@@ -75,15 +76,35 @@ class Wan(Parts):
         schedule: Flow | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
+        fps: float = FPS,
+        transformer: WanModel | None = None,
     ) -> None:
-        """vae: AutoencoderKLWan; text_encoder: UMT5EncoderModel; size: (width, height) in pixels."""
+        """vae: AutoencoderKLWan; text_encoder: UMT5EncoderModel; size: (width, height) in pixels.
+
+        transformer: sizes of ``new_network``'s.
+        """
         self.vae: Any = freeze(vae)
         self.text_encoder: Any = freeze(text_encoder)
         self.tokenizer, self.schedule = tokenizer, schedule or Flow(5.0)
         self.size, self.frames = size or SIZE, frames or FRAMES
-        self.fps = FPS
+        self.fps, self.transformer = fps, transformer
+        self.max_tokens = MAX_TOKENS if tokenizer is None else min(MAX_TOKENS, tokenizer.model_max_length)
         self.stride, self.frame_stride = int(vae.config.scale_factor_spatial), int(vae.config.scale_factor_temporal)
         self._empty = Remembered()
+
+    @classmethod
+    def from_source(cls, source: WanSource, *, size: int, frames: int, fps: float) -> Wan:
+        """From its parts in separate folders; ``new_network`` makes a fresh transformer."""
+        return cls(
+            AutoencoderKLWan.from_pretrained(source.vae, torch_dtype=torch.float32),
+            UMT5EncoderModel.from_pretrained(source.text_encoder, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(Path(source.text_encoder) / "tokenizer"),
+            schedule=Flow(source.shift),
+            size=(size, size),
+            frames=frames,
+            fps=fps,
+            transformer=source.transformer,
+        )
 
     @classmethod
     def from_folder(
@@ -92,6 +113,7 @@ class Wan(Parts):
         *,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
+        fps: float = FPS,
         shift: float | None = None,
     ) -> tuple[Wan, Any]:
         """From a diffusers folder: the family and the network in it. shift: in the place of the folder's."""
@@ -109,6 +131,7 @@ class Wan(Parts):
             schedule=schedule,
             size=size,
             frames=frames,
+            fps=fps,
         )
         return family, same_precision(
             WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32)
@@ -136,7 +159,20 @@ class Wan(Parts):
         return family, same_precision(WanTransformer3DModel.from_config(configs["transformer"]))
 
     def new_network(self) -> Any:
-        raise ValueError("the wan family is loaded from a folder, which has its network; give the teacher's folder")
+        if self.transformer is None:
+            raise ValueError("this family was loaded from a folder, which has its network; give the teacher's folder")
+        sizes, channels = self.transformer, int(self.vae.config.z_dim)
+        return same_precision(
+            WanTransformer3DModel(
+                num_attention_heads=sizes.heads,
+                attention_head_dim=sizes.width // sizes.heads,
+                in_channels=channels,
+                out_channels=channels,
+                text_dim=self.text_encoder.config.d_model,
+                ffn_dim=sizes.feed_forward,
+                num_layers=sizes.layers,
+            )
+        )
 
     def predict(
         self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()
@@ -160,11 +196,14 @@ class Wan(Parts):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """UMT5's last hidden states, zero beyond each prompt's end: prompt_embeds (B, 512, D) float32."""
+        """UMT5's last hidden states, zero beyond each prompt's end: prompt_embeds (B, 512, D) float32.
+
+        A tokenizer for shorter prompts has fewer rows; diffusers' pipeline then wants them as max_sequence_length.
+        """
         tokens = self.tokenizer(
             [prompt_clean(prompt) for prompt in prompts],
             padding="max_length",
-            max_length=MAX_TOKENS,
+            max_length=self.max_tokens,
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
@@ -178,7 +217,7 @@ class Wan(Parts):
 
     def blank(self, n: int) -> Condition:
         """Zeros of a condition's shape."""
-        return {"prompt_embeds": torch.zeros(n, MAX_TOKENS, self.text_encoder.config.d_model, device=self.device)}
+        return {"prompt_embeds": torch.zeros(n, self.max_tokens, self.text_encoder.config.d_model, device=self.device)}
 
     def latent_shape(self, size: tuple[int, int] | None = None, frames: int | None = None) -> tuple[int, ...]:
         """(C, F, h, w): pixels by the stride, frames 1 + 4·n as n + 1."""
@@ -240,6 +279,6 @@ class Wan(Parts):
             "frames": (self.frames,),
             "frame_stride": self.frame_stride,
             "fps": self.fps,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": self.max_tokens,
             "preview": scene_preview(self),
         }

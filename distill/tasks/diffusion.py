@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from distill.bundle import Guidance, Manifest, Sampler, write_manifest
-from distill.config import DiffusionRecipe, SdxlSource
+from distill.config import DiffusionRecipe, SceneData, SdxlSource, WanSource
+from distill.data.cache import FPS
 from distill.families.base import Condition, coefficients
 from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
+from distill.families.wan import Wan
 from distill.math import add_noise, target_for
 from distill.parallel.device import device, moved, normal
 from distill.provenance import provenance
 from distill.sampling import Flow, Schedule, noise, ode_table
 from distill.tasks.common import autocast, to_uint8
-from distill.tasks.samples import PREVIEW_PROMPTS, samples_for
+from distill.tasks.samples import samples_for
+from distill.tasks.video import stills
 from distill.telemetry.sink import Some
 from distill.trainer import Phase, Telemetry, generator
 
@@ -68,13 +71,23 @@ def sample(
     return x
 
 
+def family_of(recipe: DiffusionRecipe) -> Any:
+    """The family that a recipe's parts make."""
+    model, data = recipe.model, recipe.data
+    if isinstance(model, SdxlSource):
+        return Sdxl.from_source(model)
+    if isinstance(model, WanSource):
+        assert isinstance(data, SceneData) and data.frames is not None
+        return Wan.from_source(model, size=data.size, frames=data.frames, fps=FPS)
+    return Sit(model)
+
+
 class DiffusionTask:
     """E‖m_θ(x_t, t, c) − target‖² at uniform t, where c is dropped with a probability."""
 
     def __init__(self, recipe: DiffusionRecipe) -> None:
         self.recipe = recipe
-        model = recipe.model
-        self.family: Any = Sdxl.from_source(model) if isinstance(model, SdxlSource) else Sit(model)
+        self.family: Any = family_of(recipe)
         torch.manual_seed(recipe.seed)
         self.network = self.family.to(device()).new_network().train().to(device())
         self.roles: dict[str, nn.Module] = {"teacher": self.network}
@@ -114,7 +127,7 @@ class DiffusionTask:
         seeds = list(range(len(conditions)))
         with autocast(r.precision):
             latents = sample(self.family, self.network, table, self.family.encode(conditions), seeds, r.guidance)
-            return to_uint8(self.family.decode(latents.float()))
+            return stills(to_uint8(self.family.decode(latents.float())))
 
     def finish(self, output: Path) -> None:
         """Write the teacher as a bundle, so that it can be exported, served and scored like any student."""
@@ -126,7 +139,7 @@ class DiffusionTask:
             samplers=tables,
             default_steps=self.recipe.sampling_steps,
             guidance=Guidance(scale=self.recipe.guidance),
-            examples=() if self.recipe.data == "digits" else PREVIEW_PROMPTS,
+            examples=() if self.recipe.data == "digits" else tuple(self.samples.preview_conditions()),
             provenance=provenance(self.recipe),
             **self.family.describe(),
         )

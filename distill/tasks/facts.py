@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from distill.data.captions import ATTRIBUTES, Caption
-from distill.data.world import COLOURS, MATERIALS, RELATIONS, SHAPES, SIZES, Scene, relation
+from distill.data.world import CAMERA_MOTIONS, COLOURS, MATERIALS, MOTIONS, RELATIONS, SHAPES, SIZES, Scene, relation
 
 _VALUES: Mapping[str, tuple[str | None, ...]] = {
     "shape": (None, *SHAPES),
@@ -29,6 +29,8 @@ _PLACES = 3
 _PAIRS = tuple(combinations(range(_PLACES), 2))
 CLASSES = (*(len(_VALUES[name]) for _ in range(_PLACES) for name in ATTRIBUTES), *(len(_RELATIONS) for _ in _PAIRS))
 """How many classes each fact has: four per place, then one relation per pair of places."""
+MOTION_CLASSES = (*(len(MOTIONS) for _ in range(_PLACES)), len(CAMERA_MOTIONS))
+"""Of what moves: how each thing does, and how the camera does."""
 _NOT_ASKED = -1
 
 
@@ -43,6 +45,13 @@ def caption_facts(caption: Caption) -> list[int]:
         backwards = related.get((order[j], order[i]))
         pairs[i, j] = related.get((order[i], order[j])) or (opposite[backwards] if backwards else None)
     return _classes(things, pairs)
+
+
+def caption_motions(caption: Caption) -> list[int]:
+    """One class per fact of MOTION_CLASSES; −1 where there is no thing."""
+    mover, name = caption.motion or (None, "still")
+    things = [MOTIONS.index(name if thing.index == mover else "still") for thing in caption.things]
+    return [*things, *[_NOT_ASKED] * (_PLACES - len(things)), CAMERA_MOTIONS.index(caption.camera)]
 
 
 def scene_facts(scene: Scene) -> list[int]:
@@ -64,20 +73,20 @@ def _classes(things: Sequence[Mapping[str, str]], pairs: Mapping[tuple[int, int]
 
 
 class FactsHead(nn.Module):
-    """Reads all facts from one vector: (B, width) to (B, sum of CLASSES) logits, linearly."""
+    """Reads all facts from one vector: (B, width) to (B, sum of ``classes``) logits, linearly."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, classes: Sequence[int] = CLASSES) -> None:
         super().__init__()
-        self.read = nn.Linear(width, sum(CLASSES))
+        self.read = nn.Linear(width, sum(classes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.read(x)  # type: ignore[no-any-return]
 
 
-def facts_loss(logits: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+def facts_loss(logits: Tensor, facts: Tensor, classes: Sequence[int] = CLASSES) -> tuple[Tensor, Tensor]:
     """Cross-entropy over all asked facts, and the share of rows with every fact right. facts: (B, facts) int64."""
     loss, right = torch.zeros((), device=logits.device), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    for part, truth in zip(logits.float().split(CLASSES, dim=1), facts.unbind(1), strict=True):
+    for part, truth in zip(logits.float().split(list(classes), dim=1), facts.unbind(1), strict=True):
         asked = truth != _NOT_ASKED
         loss = loss + cross_entropy(part, truth, ignore_index=_NOT_ASKED, reduction="sum")
         right &= ~asked | (part.argmax(1) == truth)

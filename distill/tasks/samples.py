@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config import FileData, SceneData
-from distill.data.cache import cached_array, scene_images
+from distill.data.cache import cached_array, scene_clips, scene_images
 from distill.data.captions import describe
 from distill.data.world import sample_scene
 from distill.tasks.common import autocast, batch_indices, to_float
@@ -33,6 +33,18 @@ PREVIEW_PROMPTS = (
 )
 
 
+PREVIEW_CLIPS = (
+    "a large red metal sphere rolling to the left",
+    "a small blue rubber cube bouncing up and down",
+    "a large green cylinder and a small yellow ball circling the cylinder",
+    "a large gray metal cube, as the camera zooms in",
+    "a small purple rubber sphere rolling towards us",
+    "a large cyan metal cube and a small brown ball, while the camera pans right",
+    "a small red metal cylinder sliding right",
+    "a large yellow rubber sphere rolling away from us",
+)
+
+
 class Samples(Protocol):
     """A source of training samples."""
 
@@ -48,7 +60,7 @@ class Samples(Protocol):
 
 
 class SceneSamples:
-    """Scenes of trained combinations; a picture gets a new caption each time it is drawn."""
+    """Scenes of trained combinations, still or moving; each gets a new caption each time it is drawn."""
 
     def __init__(self, data: SceneData, seed: int, family: Any) -> None:
         self.data, self.seed, self.family = data, seed, family
@@ -69,7 +81,7 @@ class SceneSamples:
         return torch.from_numpy(np.array(self._latents[index])).float(), self._captions(index, iteration, micro)
 
     def preview_conditions(self) -> list[str]:
-        return list(PREVIEW_PROMPTS)
+        return list(PREVIEW_CLIPS if self.data.frames else PREVIEW_PROMPTS)
 
     def _index(self, iteration: int, micro: int, size: int) -> NDArray[np.int64]:
         return np.sort(batch_indices(self.seed, iteration, micro, size, self.data.count))
@@ -79,11 +91,18 @@ class SceneSamples:
     ) -> list[str]:
         rng = seeded(self.seed, iteration, micro, "captions")
         kinds = ["trained"] * len(index) if combinations is None else combinations
-        scenes = [sample_scene(self.data.seed, int(i), combinations=str(k)) for i, k in zip(index, kinds, strict=True)]
+        seed, moving = self.data.seed, self.data.frames is not None
+        scenes = [
+            sample_scene(seed, int(i), combinations=str(k), moving=moving) for i, k in zip(index, kinds, strict=True)
+        ]
         return [describe(scene, rng).text for scene in scenes]
 
     def _cache(self) -> NDArray[np.generic]:
-        images = scene_images(self.data.seed, self.data.count, self.data.size)
+        data = self.data
+        if data.frames:
+            images = scene_clips(data.seed, data.count, data.frames, data.size)
+        else:
+            images = scene_images(data.seed, data.count, data.size)
         state = self.family.vae.state_dict()
         digest = hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for v in state.values())).hexdigest()[:10]
 
@@ -92,8 +111,10 @@ class SceneSamples:
                 latents = self.family.encode_images(to_float(images[start:stop]).to(self.family.device))
             return latents.half().cpu().numpy()  # type: ignore[no-any-return]
 
-        name = f"latents-{self.data.seed}-{self.data.count}-{self.data.size}-{digest}"
-        return cached_array(name, (self.data.count, *self.family.latent_shape()), np.float16, fill)
+        clip = f"-{data.frames}" if data.frames else ""
+        name = f"latents-{data.seed}-{data.count}{clip}-{data.size}-{digest}"
+        shape = (data.count, *self.family.latent_shape())
+        return cached_array(name, shape, np.float16, fill, chunk=8 if data.frames else 256)
 
 
 class DigitSamples:

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHORT = ["iterations=2", "batch_size=8", "log_every=1", "save_every=2", "preview_every=2"]
 SCENES = ["data.count=64", "data.size=16"]
+CLIPS = ["data.count=8", "data.size=32", "data.frames=9"]
 STUDENT = ["fake_warmup=0", "fake_per_student=2"]
 CUTS: dict[str, list[str]] = {
     "scenes-vae": ["model.block_out_channels=[8, 8, 8]", *SCENES],
@@ -44,6 +45,12 @@ CUTS: dict[str, list[str]] = {
         "model.vae=MODELS/scenes-vae", "model.text_encoder=MODELS/scenes-clip/text_encoder",
         "model.text_encoder_2=MODELS/scenes-clip/text_encoder_2", "sampling_steps=2",
         "model.unet={block_out_channels: [16, 32], head_dim: 8, norm_num_groups: 8}", *SCENES,
+    ],
+    "scenes-video-vae": ["model={base_dim: 8, latent_channels: 4}", "window=5", *CLIPS],
+    "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
+    "scenes-wan-teacher": [
+        "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2",
+        "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}", *CLIPS,
     ],
     "scenes-dmd2": ["teacher=MODELS/scenes-teacher", *STUDENT, *SCENES],
     "scenes-amd": ["teacher=MODELS/scenes-teacher", "advantage.reward=MODELS/scenes-reward", *STUDENT, *SCENES],

@@ -1,0 +1,114 @@
+"""The autoencoder of the embedded video model: diffusers' AutoencoderKLWan on rendered clips.
+
+python -m distill.run recipes/scenes-video-vae.yaml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from distill.config import VideoVaeRecipe
+from distill.data.cache import HELD_OUT_SEED, scene_clips
+from distill.parallel.device import device, moved, normal
+from distill.tasks.common import autocast, batch_indices, save_half, to_float, to_uint8
+from distill.tasks.vae import detail_weight, finite_difference
+from distill.tasks.video import stills
+from distill.trainer import Phase, Telemetry, generator, seeded
+
+HELD_OUT = 64
+"""Clips on which reconstruction is measured."""
+
+
+def new_video_vae(recipe: VideoVaeRecipe) -> Any:
+    """A fresh AutoencoderKLWan: 4 × in time, and 2 × in space per level of dim_mult but the last."""
+    model, levels = recipe.model, len(recipe.model.dim_mult)
+    channels = model.latent_channels
+    return AutoencoderKLWan(
+        base_dim=model.base_dim,
+        z_dim=channels,
+        dim_mult=list(model.dim_mult),
+        num_res_blocks=model.res_blocks,
+        temperal_downsample=[i >= levels - 3 for i in range(levels - 1)],
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+        scale_factor_spatial=2 ** (levels - 1),
+    )
+
+
+def frames_of(videos: Tensor) -> Tensor:
+    """Videos (B, 3, F, H, W) as pictures (B·F, 3, H, W)."""
+    return videos.transpose(1, 2).flatten(0, 1)
+
+
+class VideoVaeTask:
+    """Reconstruction: L1 on pixels and differences in space and time, weighted towards detail; and a small KL term."""
+
+    def __init__(self, recipe: VideoVaeRecipe) -> None:
+        self.recipe = recipe
+        torch.manual_seed(recipe.seed)
+        self.vae = new_video_vae(recipe)
+        self.vae.train().to(device())
+        self.roles: dict[str, nn.Module] = {"vae": self.vae}
+        self.optimizers = {"vae": recipe.optimizer}
+        data = recipe.data
+        assert data.frames is not None
+        self.clips = scene_clips(data.seed, data.count, data.frames, data.size)
+
+    def phases(self, iteration: int) -> list[Phase]:
+        return [Phase("vae", lambda micro: self._loss(iteration, micro))]
+
+    def _draw(self, iteration: int, micro: int) -> Tensor:
+        """A micro-batch of windows of clips, each from a frame of its own on: (b, 3, window, H, W)."""
+        r = self.recipe
+        size = r.batch_size // r.accumulate
+        index = batch_indices(r.seed, iteration, micro, size, r.data.count)
+        starts = seeded(r.seed, iteration, micro, "window").integers(0, self.clips.shape[2] - r.window + 1, size)
+        windows = [self.clips[i, :, start : start + r.window] for i, start in zip(index, starts, strict=True)]
+        return moved(to_float(np.stack(windows)), device())
+
+    def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
+        r = self.recipe
+        x = self._draw(iteration, micro)
+        with autocast(r.precision):
+            posterior = self.vae.encode(x).latent_dist
+            std = torch.exp(0.5 * posterior.logvar.float())
+            noise = normal(std.shape, generator(r.seed, iteration, micro, "noise"), std.device)
+            y = self.vae.decode(posterior.mean.float() + std * noise).sample
+        error = x - y.float()
+        weight = detail_weight(frames_of(x), r.detail_weight)
+        pixels = (weight * frames_of(error).abs()).mean()
+        edges = (weight * finite_difference(frames_of(error))).mean()
+        changes = torch.diff(error, dim=2).abs().mean()
+        kl = 0.5 * (posterior.mean.float() ** 2 + std**2 - 1 - posterior.logvar.float()).flatten(1).sum(1).mean()
+        loss = pixels + r.gradient_weight * (edges + changes) + r.kl_weight * kl
+        return loss, {"l1": error.detach().abs().mean(), "kl": kl.detach()}
+
+    @torch.no_grad()
+    def _held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Clips that no training uses, their latents and reconstructions."""
+        data = self.recipe.data
+        assert data.frames is not None
+        x = to_float(scene_clips(HELD_OUT_SEED, HELD_OUT, data.frames, data.size)[:count]).to(device())
+        latents = torch.cat([self.vae.encode(part).latent_dist.mode() for part in x.split(4)])
+        return x, latents, torch.cat([self.vae.decode(part).sample for part in latents.split(4)])
+
+    def preview(self) -> Tensor:
+        x, _, y = self._held_out(8)
+        return stills(to_uint8(torch.cat((x, y))))
+
+    def finish(self, output: Path) -> None:
+        """Save the VAE with the mean and deviation of its latents per channel, and print its held-out PSNR."""
+        x, latents, y = self._held_out(HELD_OUT)
+        error = (x - y.clamp(-1, 1)).pow(2).flatten(1).mean(1)
+        print(f"held-out PSNR {float((10 * torch.log10(4 / error)).mean()):.2f} dB over {len(x)} clips")
+        rows = latents.transpose(0, 1).flatten(1)
+        statistics = {"latents_mean": rows.mean(1), "latents_std": rows.std(1)}
+        rounded = {name: [round(float(v), 5) for v in values] for name, values in statistics.items()}
+        self.vae.register_to_config(**rounded)
+        save_half(self.vae, output)
