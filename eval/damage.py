@@ -163,3 +163,41 @@ def damage_weights(bundle: Path, out: Path, change: Change) -> Path:
     onnx.save(model, path)
     write_manifest(out, opened.manifest)
     return out
+
+
+# --- clips ---------------------------------------------------------------------------------------------------------
+
+FLICKER = 12
+"""frames-flickering: levels by which every second frame is brighter."""
+
+
+def _frozen(frames: Images, rng: np.random.Generator) -> Images:
+    """Every frame is the first one."""
+    return np.repeat(frames[:1], len(frames), axis=0)
+
+
+def _shuffled(frames: Images, rng: np.random.Generator) -> Images:
+    """Frames in an order in which none stays in its place: a random cycle through all of them."""
+    cycle = rng.permutation(len(frames))
+    order = np.empty(len(frames), dtype=np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return np.asarray(frames[order])
+
+
+def _flickering(frames: Images, rng: np.random.Generator) -> Images:
+    """Every second frame is FLICKER levels brighter, up to white."""
+    brighter = FLICKER * (np.arange(len(frames)) % 2).reshape(-1, 1, 1, 1)
+    return np.minimum(frames.astype(np.int64) + brighter, 255).astype(np.uint8)
+
+
+CLIP_DAMAGES = {"frames-frozen": _frozen, "frames-shuffled": _shuffled, "frames-flickering": _flickering}
+
+
+def damaged_clip(frames: Images, damage: str, seed: int = 0) -> Images:
+    """A clip (F, 3, H, W) uint8 with one damage, the same for the same seed."""
+    if damage not in CLIP_DAMAGES:
+        raise EvalError(f"damage {damage!r} of clips is unknown; {nearest(damage, CLIP_DAMAGES)}")
+    if len(frames) < 2:
+        raise EvalError(f"a clip of {len(frames)} frames has no order to damage; give at least 2")
+    made: Images = CLIP_DAMAGES[damage](frames, np.random.default_rng(seed))
+    return made

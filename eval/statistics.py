@@ -99,14 +99,17 @@ def bootstrap_mean(
 
 
 def _studentised(means: Array, value: float, rng: np.random.Generator) -> Array:
-    """t statistics of RESAMPLES bootstrap samples; samples without spread are left out. Drawn in bounded blocks."""
-    n = len(means)
+    """t statistics of RESAMPLES bootstrap samples; those without spread are left out. Drawn in bounded blocks.
+
+    Equal numbers have a spread of some 1e-17 after rounding, by which nothing may be divided.
+    """
+    n, least = len(means), 1e-9 * float(means.std(ddof=1)) / math.sqrt(len(means))
     block = max(1, 4_000_000 // n)
     parts = []
     for start in range(0, RESAMPLES, block):
         draw = means[rng.integers(n, size=(min(block, RESAMPLES - start), n))]
         spread = draw.std(axis=1, ddof=1) / math.sqrt(n)
-        parts.append((draw.mean(axis=1)[spread > 0] - value) / spread[spread > 0])
+        parts.append((draw.mean(axis=1)[spread > least] - value) / spread[spread > least])
     return np.concatenate(parts)
 
 
