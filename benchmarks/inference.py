@@ -27,7 +27,6 @@ from benchmarks.latency import PROMPT, processor
 from distill.bundle import Bundle, BundleError
 from distill.sampling import noise
 from service.runtimes import Conditioning, Runtime, RuntimeUnavailable, generate, open_runtime
-from service.runtimes.base import latent_shape
 
 KINDS = (("onnx", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 """Runtimes and precisions; the first is the reference."""
@@ -81,7 +80,7 @@ def open_kinds(bundle: Bundle, threads: int, max_batch: int) -> dict[tuple[str, 
 def works(runtime: Runtime, bundle: Bundle, steps: int, batch: int, given: Conditioning) -> Iterator[tuple[str, Work]]:
     """What is timed: text, one step, decoding, and the whole. ``given``: conditioning for graphs on their own."""
     manifest = bundle.manifest
-    shape = latent_shape(manifest, manifest.sizes[0])
+    shape = manifest.latent_shape()
     table = manifest.samplers[steps].table()
 
     def seeds(repeat: int) -> list[int]:

@@ -103,7 +103,9 @@ class Leapfrog:
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     async def stop(self) -> None:
+        hub.studio.close()
         await asyncio.to_thread(hub.registry.close)
+        await asyncio.to_thread(hub.studio.end)
         hub.pool.close()
 
     async def __is_ready__(self) -> bool:
@@ -133,10 +135,10 @@ class Leapfrog:
 
     def _load(self) -> None:
         hub.pool.warm_up()
-        hub.registry.load()
+        hub.registry.load(hub.studio.open)
 
     async def _picture(self, ctx: bentoml.Context, asked: dict[str, Any]) -> Picture:
-        request = schemas.validate(asked)
+        request = schemas.validate(asked, schemas.ImageRequest)
         model = hub.registry.get(None)
         plan = schemas.plan(request, model.bundle.manifest, hub.settings)
         ctx.response.metadata["x-seed"] = str(plan.seeds[0])

@@ -33,7 +33,8 @@ class BatchKey(NamedTuple):
 
     model: str
     runtime: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
+    """Of the latents of one row: (C, h, w), of a clip (C, f, h, w)."""
     guidance: float = 1.0
 
 
@@ -58,6 +59,9 @@ class Budget:
     def know(self, key: BatchKey, sizes: tuple[int, ...]) -> None:
         """Begin a curve; ``sizes`` are the numbers of rows that the runtime computes in one call, from 1 up."""
         self._curves[key] = _Curve(sizes, sizes[-1])
+
+    def knows(self, key: BatchKey) -> bool:
+        return key in self._curves
 
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """One denoising call of ``rows`` rows took ``seconds``."""

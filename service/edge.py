@@ -32,6 +32,8 @@ KNOWN_PATHS = OPEN_PATHS | {
     "/v1/estimate",
     "/v1/queue",
     "/v1/models",
+    "/v1/videos",
+    "/v1/videos/sync",
     "/v1/openapi.json",
     "/generate",
     "/schema.json",
@@ -39,6 +41,10 @@ KNOWN_PATHS = OPEN_PATHS | {
 }
 TEMPLATES = (
     (re.compile(r"^/v1/models/[^/]+$"), "/v1/models/{id}"),
+    (re.compile(r"^/v1/videos/[^/]+$"), "/v1/videos/{id}"),
+    (re.compile(r"^/v1/videos/[^/]+/cancel$"), "/v1/videos/{id}/cancel"),
+    (re.compile(r"^/v1/videos/[^/]+/content$"), "/v1/videos/{id}/content"),
+    (re.compile(r"^/v1/videos/[^/]+/events$"), "/v1/videos/{id}/events"),
     (re.compile(r"^/v1/requests/[^/]+/cancel$"), "/v1/requests/{id}/cancel"),
 )
 UNKNOWN_PATH = "/{unknown}"
@@ -186,8 +192,7 @@ class Reply:
             return
         headers = Headers(raw=start["headers"])
         error = self._state.error or translate(start["status"], self._body, self._state, self._method)
-        if "allow" in headers:
-            error.headers["allow"] = headers["allow"]
+        error.headers |= {name: headers[name] for name in ("allow", "content-range") if name in headers}
         await self.error(error)
 
 
@@ -236,6 +241,9 @@ def translate(status: int, body: bytes, state: RequestState, method: str) -> Api
         return ApiError(404, f"there is no {method} {state.path[:120]}; see GET /v1/models", code="not_found")
     if status == 405:
         return ApiError(405, f"{state.path[:120]} does not take {method}", code="method_not_allowed")
+    if status == 416:
+        text = "the range lies beyond the end of the file; content-range has its length"
+        return ApiError(416, text, code="range_not_satisfiable", param="Range")
     if status == 500:
         return errors.internal(state.request_id)
     param, message = _first_detail(body)

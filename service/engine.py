@@ -29,7 +29,7 @@ from service import metrics
 from service.budget import BatchKey, Budget
 from service.cache import ByteCache
 from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull, Row, Served
-from service.runtimes.base import Conditioning, Images, Runtime, latent_shape, stack
+from service.runtimes.base import Conditioning, Images, Runtime, stack
 from service.scheduler import Forecast, Job, Scheduler, together
 from service.warmup import warm_up
 
@@ -89,8 +89,11 @@ class Engine:
         """Serve a model, after measuring what it costs here for every size of picture."""
         able = runtime.capabilities
         keys = {
-            size: BatchKey(name, able.runtime, latent_shape(manifest, size), manifest.guidance.scale)
+            (size, frames): BatchKey(
+                name, able.runtime, manifest.latent_shape(size, frames or None), manifest.guidance.scale
+            )
             for size in manifest.sizes
+            for frames in manifest.frames or (0,)
         }
         tables = {steps: sampler.table() for steps, sampler in manifest.samplers.items()}
         served = Served(runtime, manifest, tables, keys)
@@ -136,7 +139,7 @@ class Engine:
 
     def cost_s(self, order: Order) -> float:
         """Seconds of compute of an order in full batches."""
-        key = self._served[order.model].keys[order.size]
+        key = self._key(order)
         row_s = order.steps * self.budget.row_step_s(key) + self.budget.decode_s(key)
         return self.budget.text_s(order.model) + len(order.seeds) * row_s
 
@@ -153,6 +156,16 @@ class Engine:
             return together(
                 Forecast(max(0.0, self._told[job].seconds - passed), self._told[job].position) for job in jobs
             )
+
+    def decode_s(self, order: Order) -> float:
+        """Seconds in which one of an order's rows is decoded."""
+        return self.budget.decode_s(self._key(order))
+
+    def holds(self, future: Future[Picture]) -> bool:
+        """Whether a row is still somewhere in the engine, also one that was given up."""
+        with self._wake:
+            self._sweep()
+            return any(row.future is future for row in self._rows.values())
 
     def load(self) -> tuple[int, int, float]:
         """(pictures that wait, pictures that have begun, seconds of compute that they need)."""
@@ -174,8 +187,7 @@ class Engine:
         return together(told[job] for job in jobs)
 
     def _rows_of(self, order: Order) -> list[Row]:
-        served, now = self._served[order.model], self._clock()
-        key, table = served.keys[order.size], served.tables[order.steps]
+        key, table, now = self._key(order), self._served[order.model].tables[order.steps], self._clock()
         deadline = float("inf") if order.deadline_s is None else now + order.deadline_s
         rows = []
         for index in range(len(order.seeds)):
@@ -184,6 +196,14 @@ class Engine:
             )
             rows.append(Row(order, index, table, job))
         return rows
+
+    def _key(self, order: Order) -> BatchKey:
+        served = self._served[order.model]
+        with self._wake:
+            key = served.key(order.size, order.frames)
+            if not self.budget.knows(key):
+                self.budget.know(key, served.runtime.capabilities.batch_sizes)
+        return key
 
     def _check_room(self, owner: str, rows: int) -> None:
         waiting = self.scheduler.waiting()
@@ -322,6 +342,9 @@ class Engine:
                 self._step(rows[start : start + size], again=again or memory)
 
     def _advance(self, rows: list[Row]) -> None:
+        for row in rows:
+            if row.job.done == 0 and row.order.on_begin is not None:
+                row.order.on_begin(row.index)
         start = time.perf_counter()
         steps = [row.job.done for row in rows]
         model = rows[0].order.model
@@ -356,14 +379,30 @@ class Engine:
             try:
                 if not np.isfinite(row.latents).all():
                     raise FloatingPointError(f"the latents of seed {row.seed} are not finite")
-                pixels = self._served[row.order.model].runtime.decode(row.latents)[0]
+                pixels = self._pixels(row)
             except Exception as error:
                 self._fail(row, OutOfMemory(str(error)) if ran_out_of_memory(error) else error)
+                continue
+            if pixels is None:
                 continue
             decode_s = time.perf_counter() - start
             with self._wake:
                 self.budget.observe_decode(row.job.key, decode_s)
             self._deliver(row, pixels, decode_s * 1e3)
+
+    def _pixels(self, row: Row) -> Images | None:
+        """The picture, or the frames that nobody was told. None: nobody waits for the rest of a clip any more."""
+        runtime, order = self._served[row.order.model].runtime, row.order
+        if not order.frames:
+            return runtime.decode(row.latents)[0]  # type: ignore[no-any-return]
+        pieces: list[Images] = []
+        for piece in runtime.frames(row.latents):
+            if self._gone(row):
+                return None
+            if order.on_frames is not None:
+                order.on_frames(row.index, piece)
+            pieces.append(piece if order.on_frames is None else piece[:0])
+        return np.concatenate(pieces)
 
     def _deliver(self, row: Row, pixels: Images, decode_ms: float) -> None:
         model, total_ms = row.order.model, (self._clock() - row.job.submitted) * 1e3

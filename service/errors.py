@@ -77,6 +77,14 @@ def key_limit(held: int, retry_after_s: float) -> ApiError:
     return ApiError(429, message, code="key_limit", headers=error.headers)
 
 
+def too_many_videos(unfinished: int, retry_after_s: float, *, of_key: bool) -> ApiError:
+    """429: as many video jobs as there may be, of everybody or of one key."""
+    error = queue_full(unfinished, retry_after_s)
+    whose, code = ("this API key has", "key_limit") if of_key else ("the server has", "queue_full")
+    message = f"{whose} {unfinished} unfinished videos; retry in about {max(retry_after_s, 0.1):.1f} s"
+    return ApiError(429, message, code=code, headers=error.headers)
+
+
 def deadline_exceeded(deadline_s: float, needed_s: float) -> ApiError:
     """504: told at once where it can be foreseen. Clients retry it, when there may be less to do."""
     message = (

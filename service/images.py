@@ -28,6 +28,7 @@ from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Pic
 from service.runtimes.base import Floats
 from service.schemas import Plan
 from service.settings import Settings
+from service.studio import Studio
 
 WATCH_S = 0.05
 """How often a waiting request looks whether its client is still there."""
@@ -42,12 +43,14 @@ class Hub:
     settings: Settings
     registry: Registry
     pool: EncodePool
+    studio: Studio = field(init=False)
     files: ByteCache[bytes] = field(init=False)
     replies: Replies = field(default_factory=Replies)
     running: dict[tuple[str, str], list[Drawing]] = field(default_factory=dict)
     """By owner and request id, for those who want to cancel."""
 
     def __post_init__(self) -> None:
+        self.studio = Studio(self.settings, self.registry)
         self.files = ByteCache(self.settings.result_cache_mb << 20)
 
 
@@ -173,7 +176,7 @@ class Drawing:
             raise self._told(error) from None
 
     def _told(self, error: Exception) -> ApiError:
-        return explain(error, self.plan, self.state)
+        return explain(error, self.plan.deadline_s, self.state)
 
     async def _encode(self, picture: Picture) -> File:
         data, milliseconds = await self.hub.pool.encode(picture.pixels, self.plan.output_format, self.plan.compression)
@@ -224,13 +227,13 @@ def order_of(
     )
 
 
-def explain(error: Exception, plan: Plan, state: RequestState) -> ApiError:
+def explain(error: Exception, deadline_s: float | None, state: RequestState) -> ApiError:
     """What the engine raised, as the caller sees it."""
     if isinstance(error, QueueFull):
         make = errors.key_limit if error.of_owner else errors.queue_full
         return make(error.waiting, error.retry_after_s)
     if isinstance(error, DeadlineExceeded):
-        return errors.deadline_exceeded(plan.deadline_s or 0.0, error.needed_s)
+        return errors.deadline_exceeded(deadline_s or 0.0, error.needed_s)
     if isinstance(error, EngineClosed):
         return errors.unavailable(str(error), "draining", retry_after_s=5)
     if isinstance(error, OutOfMemory):

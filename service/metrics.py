@@ -15,6 +15,8 @@ FAILED = Counter("leapfrog_failed_rows_total", "Pictures whose computation faile
 LATE = Counter("leapfrog_late_rows_total", "Pictures given up because their deadline passed", ["model"])
 CACHE = Counter("leapfrog_cache_total", "Look-ups of encoded prompts and of files", ["model", "cache", "result"])
 
+VIDEOS = Counter("leapfrog_videos_total", "Video jobs by how they ended", ["model", "outcome"])
+
 QUEUED = Gauge("leapfrog_queue_rows", "Pictures waiting for a place in a batch", ["model"], multiprocess_mode="livesum")
 RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model"], multiprocess_mode="livesum")
 WORK_SECONDS = Gauge(

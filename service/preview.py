@@ -18,7 +18,12 @@ LARGEST = 256
 
 
 def preview(x0: Floats, matrix: Sequence[Sequence[float]], size: tuple[int, int]) -> Images:
-    """Pixels (H, W, 3) uint8 of latents x0 (C, h, w); ``size`` is the picture's (width, height), LARGEST a limit."""
+    """Pixels (H, W, 3) uint8 of latents x0 (C, h, w); ``size`` is the picture's (width, height), LARGEST a limit.
+
+    Of a clip, (C, f, h, w), the frame in the middle.
+    """
+    if x0.ndim == 4:
+        x0 = x0[:, x0.shape[1] // 2]
     m = np.asarray(matrix, dtype=np.float32)
     rgb = np.einsum("chw,cd->hwd", x0, m[:-1]) + m[-1]
     levels = np.clip(np.round((np.nan_to_num(rgb) + 1.0) * 127.5), 0, 255).astype(np.uint8)

@@ -9,20 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from distill.bundle import MANIFEST, Bundle, BundleError
 from service.engine import Engine
-from service.errors import ApiError, unavailable
+from service.errors import ApiError, unavailable, unsupported
+from service.jobs import StoreError
 from service.runtimes import Runtime, RuntimeUnavailable, open_runtime
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "failed", "draining"]
-SERVED_TASKS = ("text-to-image",)
+SERVED_TASKS = ("text-to-image", "text-to-video")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Model:
     def name(self) -> str:
         return self.bundle.manifest.name
 
+    @property
+    def films(self) -> bool:
+        """Whether it makes clips, not pictures."""
+        return self.bundle.manifest.task == "text-to-video"
+
 
 class Registry:
     """All models of the service. ``state`` and ``reason`` are what /readyz tells."""
@@ -56,8 +63,11 @@ class Registry:
         if broken:
             logger.error("not serving: %s", broken)
 
-    def load(self) -> None:
-        """Verify and load every bundle; on a failure say which file is wrong and serve nothing. Runs in a thread."""
+    def load(self, then: Callable[[], None] = lambda: None) -> None:
+        """Verify and load every bundle; on a failure say which file is wrong and serve nothing. Runs in a thread.
+
+        then: what else must be done before anything is served; it may raise StoreError.
+        """
         if self.state == "failed":
             return
         try:
@@ -65,8 +75,9 @@ class Registry:
                 if not self._closing.is_set():
                     self._load_one(path)
             if not self._models:
-                raise BundleError(f"{self.settings.bundles} has no bundle that draws from text; add one")
-        except (BundleError, RuntimeUnavailable) as error:
+                raise BundleError(f"{self.settings.bundles} has no bundle that draws or films from text; add one")
+            then()
+        except (BundleError, RuntimeUnavailable, StoreError) as error:
             self._fail(str(error))
         except Exception as error:
             logger.exception("loading failed")
@@ -76,18 +87,32 @@ class Registry:
                 self.state, self.reason = "ready", ""
                 logger.info("ready: %s", ", ".join(self._models))
 
-    def get(self, name: str | None) -> Model:
-        """The named model, or the first. Raises ApiError: 503 while there is none to serve, 404 for another name."""
+    def get(self, name: str | None, *, films: bool | None = None) -> Model:
+        """The named model, or the first one; films: that makes clips, or pictures.
+
+        Raises ApiError: 503 while there is none to serve, 404 for another name, 400 for a model of the other kind.
+        """
         if self.state != "ready":
             code = "model_loading" if self.state == "loading" else self.state
             raise unavailable(f"not ready: {self.reason}", code, retry_after_s=2 if self.state == "loading" else 30)
         if name is None:
-            return next(iter(self._models.values()))
+            found = next((model for model in self._models.values() if films in (None, model.films)), None)
+            if found is None:
+                raise unsupported("model", f"no model of this server makes {_what(films)}; see GET /v1/models")
+            return found
         if name not in self._models:
             known = ", ".join(self._models)
             raise ApiError(
                 404, f"model is {name[:80]!r}; this server has {known}", code="model_not_found", param="model"
             )
+        model = self._models[name]
+        if films is not None and films != model.films:
+            way = "/v1/videos" if model.films else "/v1/images/generations"
+            raise unsupported("model", f"model is {name!r}, which makes {_what(model.films)}; use POST {way}")
+        return model
+
+    def get_loaded(self, name: str) -> Model:
+        """Raises KeyError."""
         return self._models[name]
 
     def all(self) -> list[Model]:
@@ -170,6 +195,10 @@ class Registry:
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
         logger.error("not serving: %s", reason)
+
+
+def _what(films: bool | None) -> str:
+    return "videos" if films else "pictures"
 
 
 def find_bundles(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.resources import files
 from typing import Any, get_args
 
@@ -9,7 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import answers, openapi, schemas
+from service import answers, openapi, schemas, video_request, videos
+from service.clips import ClipFormat
 from service.edge import STATE, RequestState, translate
 from service.encode import Format
 from service.engine import Engine
@@ -21,6 +23,7 @@ from service.rows import QueueFull
 from service.scheduler import Priority
 from service.schemas import ImageRequest
 from service.settings import LARGEST_SEED
+from service.video_request import LENGTHS
 
 __all__ = ["Hub", "build"]
 
@@ -64,12 +67,20 @@ def build(hub: Hub) -> FastAPI:
 
     @web.post("/v1/estimate")
     async def estimated(request: Request) -> JSONResponse:
-        return JSONResponse(estimate(hub, request, await json_body(request)))
+        body = await json_body(request)
+        state: RequestState = request.scope[STATE]
+        asked = schemas.load(body)
+        if films(hub, asked):
+            return JSONResponse(await asyncio.to_thread(videos.estimate, hub, video_request.parse(body), state))
+        return JSONResponse(estimate(hub, schemas.parse(body, ImageRequest), state))
 
     @web.get("/v1/queue")
     async def queue() -> JSONResponse:
         hub.registry.get(None)
-        return JSONResponse({"object": "list", "data": [describe_queue(engine) for engine in hub.registry.engines]})
+        data = [describe_queue(hub, engine) for engine in hub.registry.engines]
+        return JSONResponse({"object": "list", "data": data})
+
+    videos.add_routes(web, hub)
 
     @web.post("/v1/requests/{request_id}/cancel")
     async def cancel(request: Request, request_id: str) -> JSONResponse:
@@ -101,14 +112,15 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "sizes": [f"{width}x{height}" for width, height in manifest.sizes],
             "steps": sorted(manifest.samplers),
             "default_steps": manifest.default_steps,
-            "max_n": hub.settings.max_n,
+            "max_n": 1 if model.films else hub.settings.max_n,
             "max_prompt_chars": hub.settings.max_prompt_chars,
-            "max_prompt_tokens": None if manifest.max_tokens is None else manifest.max_tokens - 2,
-            "output_formats": ["png", "jpeg", "webp"],
+            "max_prompt_tokens": able.prompt_tokens,
+            "output_formats": list(get_args(ClipFormat if model.films else Format)),
             "seed_max": LARGEST_SEED,
             "deterministic": True,
             "stream": True,
-            "max_partial_images": 3,
+            "max_partial_images": 0 if model.films else 3,
+            **(describe_clips(model, hub) if model.films else {}),
             "priorities": list(get_args(Priority)),
             "runtime": able.runtime,
             "runtime_version": able.version,
@@ -120,6 +132,17 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
         },
         "examples": list(manifest.examples),
         "digest": model.digest,
+    }
+
+
+def describe_clips(model: Model, hub: Hub) -> dict[str, Any]:
+    """What a model of videos can do beyond one of pictures."""
+    manifest = model.bundle.manifest
+    return {
+        "frames": list(manifest.frames),
+        "frame_stride": manifest.frame_stride,
+        "max_frames": hub.settings.max_frames,
+        "fps": manifest.fps,
     }
 
 
@@ -137,7 +160,7 @@ async def generate(hub: Hub, request: Request) -> Response:
     body = await json_body(request)
     state: RequestState = request.scope[STATE]
     with counted(hub) as count:
-        asked = schemas.parse(body)
+        asked = schemas.parse(body, ImageRequest)
         file_format = answers.wants_file(request, asked)
         key = request.headers.get("idempotency-key")
         if asked.stream and key is not None:
@@ -160,14 +183,22 @@ def begin(hub: Hub, asked: ImageRequest, state: RequestState, file_format: Forma
     """Check a request against its model and hand it to the engine. Raises ApiError."""
     if file_format is not None:
         asked = asked.model_copy(update={"output_format": file_format})
-    model = hub.registry.get(asked.model)
+    model = hub.registry.get(asked.model, films=False)
     return Drawing(hub, model, schemas.plan(asked, model.bundle.manifest, hub.settings), state)
 
 
-def estimate(hub: Hub, request: Request, body: bytes) -> dict[str, Any]:
+def films(hub: Hub, asked: dict[str, Any]) -> bool:
+    """Whether a request for an estimate is about a video: by its model, else by its fields."""
+    models = {model.name: model.films for model in hub.registry.all()}
+    name = asked.get("model")
+    if isinstance(name, str) and name in models:
+        return models[name]
+    return any(models.values()) and (not LENGTHS.isdisjoint(asked) or all(models.values()))
+
+
+def estimate(hub: Hub, asked: ImageRequest, state: RequestState) -> dict[str, Any]:
     """What a request for pictures would cost and when it would be done, without doing it."""
-    asked, state = schemas.parse(body), request.scope[STATE]
-    model = hub.registry.get(asked.model)
+    model = hub.registry.get(asked.model, films=False)
     plan = schemas.plan(asked, model.bundle.manifest, hub.settings)
     error: ApiError | None = None
     eta_ms, position = None, None
@@ -177,7 +208,7 @@ def estimate(hub: Hub, request: Request, body: bytes) -> dict[str, Any]:
         if plan.deadline_s is not None and ahead.seconds > plan.deadline_s:
             error = deadline_exceeded(plan.deadline_s, ahead.seconds)
     except QueueFull as full:
-        error = explain(full, plan, state)
+        error = explain(full, plan.deadline_s, state)
     return {
         "object": "estimate",
         "model": model.name,
@@ -193,7 +224,7 @@ def estimate(hub: Hub, request: Request, body: bytes) -> dict[str, Any]:
     }
 
 
-def describe_queue(engine: Engine) -> dict[str, Any]:
+def describe_queue(hub: Hub, engine: Engine) -> dict[str, Any]:
     """How much there is to do on a device."""
     waiting, running, work_s = engine.load()
     return {
@@ -202,6 +233,7 @@ def describe_queue(engine: Engine) -> dict[str, Any]:
         "waiting": waiting,
         "running": running,
         "work_ms": round(work_s * 1e3, 1),
+        "videos": hub.studio.unfinished(engine),
     }
 
 

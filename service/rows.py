@@ -59,11 +59,23 @@ class Order:
     """Whether the encoded prompt may come from the cache and stay in it."""
     on_step: Callable[[int, int, Floats], None] | None = None
     """Called on the denoising thread with (index of the seed, steps done, x0 (C, h, w)) after each step; be quick."""
+    frames: int = 0
+    """Of a clip; 0: a picture."""
+    on_begin: Callable[[int], None] | None = None
+    """Called on the denoising thread with the index of the seed before its first step; be quick."""
+    on_frames: Callable[[int, Images], None] | None = None
+    """Called on the decoding thread with (index of the seed, frames (n, H, W, 3)) as they come; it may wait a little.
+
+    What it raises fails the row. None: the frames are in the result.
+    """
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage; queue_ms is every wait between stages."""
+    """A finished row: pixels (H, W, 3) uint8 and milliseconds per stage; queue_ms is every wait between stages.
+
+    pixels of a clip are (F, H, W, 3), none of them where they were told by on_frames.
+    """
 
     pixels: Images
     seed: int
@@ -83,13 +95,26 @@ class Served:
     runtime: Runtime
     manifest: Manifest
     tables: dict[int, Table]
-    keys: dict[tuple[int, int], BatchKey]
-    """By size of picture."""
+    keys: dict[tuple[tuple[int, int], int], BatchKey]
+    """By size in pixels and number of frames, 0 of pictures; other numbers of frames join when they are asked for."""
+
+    def key(self, size: tuple[int, int], frames: int) -> BatchKey:
+        """Raises KeyError for a size that the model does not have, and for frames of a model of pictures."""
+        known = self.keys.get((size, frames))
+        if known is not None:
+            return known
+        if size not in self.manifest.sizes or not (frames and self.manifest.frames):
+            raise KeyError((size, frames))
+        key = next(iter(self.keys.values()))._replace(shape=self.manifest.latent_shape(size, frames))
+        return self.keys.setdefault((size, frames), key)
 
 
 @dataclass(eq=False)
 class Row:
-    """One picture on its way: after ``job.done`` steps its latents are ``latents`` (1, C, h, w)."""
+    """One picture on its way: after ``job.done`` steps its latents are ``latents``.
+
+    (1, C, h, w) float32, of a clip (1, C, f, h, w).
+    """
 
     order: Order
     index: int

@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -78,8 +78,19 @@ class Plan:
     """Whether the encoded prompt and the files may come from a cache and stay in it."""
 
 
-def parse(body: bytes) -> ImageRequest:
+R = TypeVar("R", bound=BaseModel)
+
+
+def parse(body: bytes, kind: type[R]) -> R:
     """The request in a JSON body. Raises ApiError that names the field."""
+    data = without_aliases(load(body))
+    # OpenAI declares its optional fields nullable: null means unset.
+    optional = {name for name, entry in kind.model_fields.items() if not entry.is_required()}
+    return validate({name: value for name, value in data.items() if value is not None or name not in optional}, kind)
+
+
+def load(body: bytes) -> dict[str, Any]:
+    """The object in a JSON body. Raises ApiError."""
     try:
         data = json.loads(body, parse_constant=_no_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:
@@ -90,13 +101,17 @@ def parse(body: bytes) -> ImageRequest:
         raise invalid(
             None, f"the body is a JSON {type(data).__name__}; send an object such as {_EXAMPLE}", "invalid_json"
         )
+    return data
+
+
+def without_aliases(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields under their own names. Raises ApiError for one that comes under two."""
     for alias, name in ALIASES.items():
         if alias in data:
             if name in data:
                 raise invalid(alias, f"{alias} and {name} mean the same; send one of them")
             data[name] = data.pop(alias)
-    # OpenAI declares its optional fields nullable: null means unset.
-    return validate({name: value for name, value in data.items() if value is not None or name not in _OPTIONAL})
+    return data
 
 
 def _number(text: str) -> float:
@@ -105,20 +120,23 @@ def _number(text: str) -> float:
     return int(found) if found.is_integer() else found
 
 
-def validate(given: dict[str, Any]) -> ImageRequest:
-    """The request of its fields. Raises ApiError that names the first wrong one."""
+def validate(given: dict[str, Any], kind: type[R], *, texts: bool = False) -> R:
+    """The request of its fields; texts: of a form, where numbers are texts too.
+
+    Raises ApiError that names the first wrong one.
+    """
     for name, value in given.items():
-        if name not in ImageRequest.model_fields:
-            near = difflib.get_close_matches(name, [*ImageRequest.model_fields, *ALIASES], n=1)
+        if name not in kind.model_fields:
+            near = difflib.get_close_matches(name, [*kind.model_fields, *ALIASES], n=1)
             hint = f"did you mean {near[0]}?" if near else "remove it"
-            text = f"{_shown(name)} is not a field of this request; {hint}"
+            text = f"{shown(name)} is not a field of this request; {hint}"
             raise invalid(name[:SHOWN_CHARS], text, "unknown_parameter")
         if isinstance(value, str) and not _is_unicode(value):
-            raise invalid(name, f"{name} is {_shown(value)}, which holds half a surrogate pair; send valid Unicode")
+            raise invalid(name, f"{name} is {shown(value)}, which holds half a surrogate pair; send valid Unicode")
     try:
-        return ImageRequest.model_validate(given)
+        return kind.model_validate_strings(given, strict=False) if texts else kind.model_validate(given)
     except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
+        raise _explain(error.errors()[0], kind) from None
 
 
 def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
@@ -141,8 +159,8 @@ def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
     return Plan(
         prompt=check_prompt(request.prompt, settings),
         seeds=tuple(range(seed, seed + request.n)),
-        steps=_steps(request, manifest),
-        size=_size(request.size, manifest),
+        steps=check_steps(request.steps, request.quality, manifest),
+        size=check_size(request.size, manifest),
         quality=request.quality,
         output_format=request.output_format,
         compression=request.output_compression if request.output_format != "png" else None,
@@ -156,7 +174,7 @@ def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
     )
 
 
-def check_prompt(prompt: str, settings: Settings) -> str:
+def check_prompt(prompt: str, settings: Settings, what: str = "picture") -> str:
     """The prompt without surrounding space. Raises ApiError when it is empty or too long."""
     if len(prompt) > settings.max_prompt_chars:
         raise invalid(
@@ -165,7 +183,7 @@ def check_prompt(prompt: str, settings: Settings) -> str:
             "prompt_too_long",
         )
     if not prompt.strip():
-        raise invalid("prompt", f"prompt is {_shown(prompt)}; describe the picture in words")
+        raise invalid("prompt", f"prompt is {shown(prompt)}; describe the {what} in words")
     return prompt.strip()
 
 
@@ -188,36 +206,38 @@ def _check_operations(request: ImageRequest) -> None:
         raise unsupported("background", "background is 'transparent'; the models draw opaque pictures, use 'opaque'")
 
 
-def _steps(request: ImageRequest, manifest: Manifest) -> int:
-    if request.steps is None:
-        return steps_of_quality(request.quality, manifest)
-    if request.steps not in manifest.samplers:
+def check_steps(steps: int | None, quality: str, manifest: Manifest) -> int:
+    """A number of steps of the model. Raises ApiError for one that it does not have."""
+    if steps is None:
+        return steps_of_quality(quality, manifest)
+    if steps not in manifest.samplers:
         known = ", ".join(str(steps) for steps in sorted(manifest.samplers))
-        raise invalid("steps", f"steps is {request.steps}; {manifest.name} takes {known}")
-    return request.steps
+        raise invalid("steps", f"steps is {steps}; {manifest.name} takes {known}")
+    return steps
 
 
-def _size(size: str, manifest: Manifest) -> tuple[int, int]:
+def check_size(size: str, manifest: Manifest) -> tuple[int, int]:
+    """(width, height) of the model. Raises ApiError for a size that it does not have."""
     if size == "auto":
         return manifest.sizes[0]
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
     wanted = (int(match[1]), int(match[2])) if match else None
     if wanted not in manifest.sizes:
         known = ", ".join(f"{width}x{height}" for width, height in manifest.sizes)
-        raise invalid("size", f"size is {_shown(size)}; {manifest.name} takes auto, {known}", "unsupported_size")
+        raise invalid("size", f"size is {shown(size)}; {manifest.name} takes auto, {known}", "unsupported_size")
     return wanted
 
 
-def _explain(detail: ErrorDetails) -> ApiError:
+def _explain(detail: ErrorDetails, kind: type[BaseModel]) -> ApiError:
     """Pydantic's error as ours: the field, the value seen, and what the field takes."""
     name = str(detail["loc"][0])
-    takes = ImageRequest.model_fields[name].description
+    takes = kind.model_fields[name].description
     if detail["type"] == "missing":
         return invalid(name, f"{name} is missing; give {takes}", "missing_required_parameter")
-    return invalid(name, f"{name} is {_shown(detail['input'])}; give {takes}")
+    return invalid(name, f"{name} is {shown(detail['input'])}; give {takes}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message: short, and printable whatever it holds."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
@@ -235,5 +255,4 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-_OPTIONAL = frozenset(ImageRequest.model_fields) - {"prompt"}
 _EXAMPLE = '{"prompt": "a red cube"}'

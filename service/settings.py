@@ -29,6 +29,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def data_home() -> Path:
+    """Where this user's programs keep their data."""
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "leapfrog"
+
+
 class Settings(BaseModel):
     """Every limit of the service. Field ``max_n`` is the variable LEAPFROG_MAX_N, and so on."""
 
@@ -50,7 +56,13 @@ class Settings(BaseModel):
     max_prompt_chars: int = Field(default=2000, ge=1, le=100_000)
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     body_timeout_s: float = Field(default=20.0, gt=0, description="for a client to send its request body")
-    encode_threads: int = Field(default=2, ge=1, le=64, description="that turn pixels into png, jpeg or webp")
+    encode_threads: int = Field(default=2, ge=1, le=64, description="that turn pixels into files")
+    data: Path = Field(default_factory=data_home, description="folder of video jobs and their files")
+    max_frames: int = Field(default=121, ge=1, le=10_000, description="of one clip")
+    max_videos: int = Field(default=64, ge=1, description="video jobs that are not finished, beyond it 429")
+    max_key_videos: int = Field(default=16, ge=1, description="the same of one API key")
+    max_video_mb: int = Field(default=1024, ge=1, description="of finished videos; the oldest leave first")
+    video_ttl_s: float = Field(default=86_400.0, gt=0, description="seconds for which a finished video is kept")
 
     @field_validator("api_keys", mode="before")
     @classmethod

@@ -34,7 +34,7 @@ def warm_up(budget: Budget, served: Served) -> None:
         budget.observe_decode(key, time.perf_counter() - start)
 
 
-def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, int, int], rows: int) -> float:
+def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, ...], rows: int) -> float:
     """Seconds of the second of two steps: the first one may compile."""
     latents = np.concatenate([noise(seed, 0, shape) for seed in range(rows)])
     times = np.full(rows, table.timesteps[0], dtype=np.float32)

@@ -152,7 +152,7 @@ class WanDecoder(nn.Module):
 
 
 class WanNextDecoder(WanDecoder):
-    """The following frames of a clip: latents (B, C, f, h, w) and what was kept -> (B, 4·f, H, W, 3) uint8 and so on."""
+    """The following frames of a clip: latents (B, C, f, h, w) and what was kept -> (B, 4·f, H, W, 3) uint8, kept."""
 
     first = False
 
@@ -211,7 +211,7 @@ def _text_graph(module: WanTextEncoder, manifest: Manifest) -> GraphSpec:
     length, pad, end = manifest.max_tokens or 0, int(config.pad_token_id), int(config.eos_token_id)
 
     def draw(batch: int, generator: torch.Generator) -> Inputs:
-        ids = torch.randint(max(pad, end) + 1, config.vocab_size, (batch, length), generator=generator)
+        ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
         words = torch.randint(1, length, (batch, 1), generator=generator)
         place = torch.arange(length)
         ids = torch.where(place < words, ids, torch.where(place == words, end, pad))

@@ -6,7 +6,7 @@ images = generate(runtime, manifest, ["a red cube"], seeds=[7], steps=4)      # 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,11 +21,11 @@ Images = NDArray[np.uint8]
 Conditioning = dict[str, NDArray[np.generic]]
 """What the step graph reads besides latents, by input name; every array has the rows of the batch first."""
 
-RuntimeName = Literal["onnx", "openvino"]
-RuntimeChoice = Literal["auto", "onnx", "openvino"]
-FixedPrecision = Literal["float32", "bfloat16"]
+RuntimeName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx"]
+RuntimeChoice = Literal["auto", "onnx", "openvino", "tensorrt"]
+FixedPrecision = Literal["float32", "bfloat16", "float16", "int8"]
 """Of the arithmetic of the denoiser. What comes in and goes out is float32 whatever it is."""
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 class RuntimeUnavailable(Exception):
@@ -46,6 +46,10 @@ class Capabilities:
     """Numbers of rows that one denoising call takes; other numbers are split into these."""
     step_ms: tuple[float, ...]
     """Milliseconds of one denoising call at each of batch_sizes, measured while warming up."""
+    prompt_tokens: int | None = None
+    """Of a prompt that are read; None: the model takes labels."""
+    fallback: str = ""
+    """Why this is not the runtime that was asked for; empty where it is."""
 
     @property
     def max_batch(self) -> int:
@@ -54,9 +58,11 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids (B, L) int64 of some prompts and, per prompt, how many tokens it has and how many were kept."""
+    """Token ids and mask (B, L) int64 of some prompts; per prompt, how many tokens it has and how many were kept."""
 
     ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    """1 for what the text encoder shall see, 0 for padding."""
     counts: tuple[int, ...]
     kept: tuple[int, ...]
 
@@ -76,19 +82,18 @@ class Runtime(Protocol):
     ) -> tuple[Floats, Floats]:
         """One denoising step of rows that may stand at different steps: (next latents, x0), both (B, C, h, w).
 
-        latents, noise: (B, C, h, w); timestep: (B,) in the model's time; coefficients: (B, 5), see distill.sampling.
+        latents, noise: (B, C, h, w), of clips (B, C, f, h, w) here and below; timestep: (B,) in the model's time;
+        coefficients: (B, 5), see distill.sampling.
         """
         ...
 
     def decode(self, latents: Floats) -> Images:
-        """Pictures (B, H, W, 3) uint8 of latents (B, C, h, w)."""
+        """Pictures (B, H, W, 3) uint8 of latents (B, C, h, w), or clips (B, F, H, W, 3)."""
         ...
 
-
-def latent_shape(manifest: Manifest, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of a picture of ``size`` = (width, height) pixels."""
-    width, height = size
-    return (manifest.latent_channels, height // manifest.latent_stride, width // manifest.latent_stride)
+    def frames(self, latents: Floats) -> Iterator[Images]:
+        """The frames of one clip's latents (1, C, f, h, w), some (n, H, W, 3) uint8 at a time, as they come."""
+        ...
 
 
 def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
@@ -103,14 +108,17 @@ def generate(
     seeds: Sequence[int],
     steps: int | None = None,
     size: tuple[int, int] | None = None,
+    frames: int | None = None,
 ) -> Images:
-    """Pictures (B, H, W, 3) uint8, one per seed, without a queue: the reference for the engine and what eval calls.
+    """Pictures (B, H, W, 3) uint8, or clips (B, F, H, W, 3), one per seed, without a queue.
+
+    The reference for the engine, and what eval calls.
 
     ``prompts`` are texts, or the conditioning itself for models that take labels ({"labels": (B,) int64}).
     """
     conditioning = prompts if isinstance(prompts, dict) else runtime.encode_text(prompts)
     table = manifest.samplers[steps or manifest.default_steps].table()
-    shape = latent_shape(manifest, size or manifest.sizes[0])
+    shape = manifest.latent_shape(size, frames)
     draws = np.stack([noise(seed, 0, shape, draws=len(table)) for seed in seeds], axis=1)
     latents = draws[0]
     for k, (time, row) in enumerate(zip(table.timesteps, table.rows, strict=True)):

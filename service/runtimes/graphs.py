@@ -7,7 +7,8 @@ at load decide it for good. Rows then run in chunks of the sizes that passed; wh
 one and the promise still holds.
 
 Only the step is batched, in powers of two; text and pictures go row by row, and the first picture of a batch is
-ready for its encoder while the next one is decoded.
+ready for its encoder while the next one is decoded. Long clips are decoded in pieces, each with what the layers keep of
+the one before (see distill.export.wan), in bounded memory and so that the first frames are compressed meanwhile.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.bundle import Bundle, BundleError
+from distill.bundle import Bundle, BundleError, Engine
 from service.runtimes.base import (
     Capabilities,
     Conditioning,
@@ -30,15 +31,20 @@ from service.runtimes.base import (
     Images,
     RuntimeName,
     Tokens,
-    latent_shape,
 )
-from service.runtimes.tokenizer import ClipTokenizer
+from service.runtimes.tokenizer import ClipTokenizer, T5Tokenizer
 
 logger = logging.getLogger(__name__)
 
 STEP_INPUTS = ("latents", "timestep", "coefficients", "noise")
-OUTPUTS = {"text_encoder": ("prompt_embeds", "pooled"), "step": ("next", "x0"), "decoder": ("image",)}
-"""By graph, in the order in which Graph.run returns them; see distill.export.graphs."""
+PIECE = 5
+"""Latent frames that are decoded at once: 17 frames of Wan."""
+
+
+def graph_engine(bundle: Bundle, graph: str, precision: FixedPrecision) -> Engine:
+    """The ONNX graph to run: of the step in ``precision``, of the others too where the bundle has it, else float32."""
+    wanted = precision if graph == "step" or bundle.engines(graph, "onnx", precision) else "float32"
+    return bundle.engine(graph, "onnx", wanted)
 
 
 class Graph(Protocol):
@@ -49,37 +55,47 @@ class Graph(Protocol):
         """Names of what it reads."""
         ...
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it gives, as the manifest lists them."""
+        ...
+
     def run(self, feed: Conditioning) -> list[NDArray[np.generic]]:
-        """Its OUTPUTS for any number of rows; the arrays belong to the caller."""
+        """Its outputs for any number of rows; the arrays belong to the caller."""
         ...
 
 
 class GraphRuntime(ABC):
     """The contract of service.runtimes.base.Runtime. Not for several threads at once: one engine owns one runtime."""
 
-    name: ClassVar[RuntimeName]
+    name: RuntimeName
+    device = "cpu"
 
     def __init__(self, bundle: Bundle, *, threads: int, max_batch: int, precision: FixedPrecision) -> None:
         """Load, check and warm up every graph. Raises BundleError when the bundle lacks one or it does not load."""
         self.manifest, self.threads, self.precision = bundle.manifest, threads, precision
         self._step = self._load(bundle, "step")
         self._decoder = self._load(bundle, "decoder")
-        self._text = self._tokenizer = None
+        self._continued = self._load(bundle, "decoder_next") if self.manifest.frames else None
+        self._text: Graph | None = None
+        self._tokenizer: ClipTokenizer | T5Tokenizer | None = None
         if self.manifest.max_tokens is not None:
             self._text = self._load(bundle, "text_encoder")
-            self._tokenizer = ClipTokenizer(bundle, self.manifest.max_tokens)
-        expected = {*STEP_INPUTS, *(OUTPUTS["text_encoder"] if self._text else ("labels",))}
+            kind = T5Tokenizer if "attention_mask" in self._text.inputs else ClipTokenizer
+            self._tokenizer = kind(bundle, self.manifest.max_tokens)
+        expected = {*STEP_INPUTS, *(self._text.outputs if self._text else ("labels",))}
         if self._step.inputs != expected:
             raise BundleError(
                 f"{bundle.path}: the step graph reads {sorted(self._step.inputs)}, not {sorted(expected)}; "
                 "export the bundle again"
             )
         sizes, step_ms = self._calibrate(max_batch)
-        self.capabilities = Capabilities(self.name, self.version(), precision, "cpu", threads, sizes, step_ms)
+        room = None if self._tokenizer is None else self._tokenizer.room
+        version, device = self.version(), self.device
+        self.capabilities = Capabilities(self.name, version, precision, device, threads, sizes, step_ms, room)
 
-    @staticmethod
     @abstractmethod
-    def version() -> str:
+    def version(self) -> str:
         """Of the package that computes."""
 
     @abstractmethod
@@ -92,11 +108,15 @@ class GraphRuntime(ABC):
         return self._tokenizer(prompts)
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """{"prompt_embeds": (B, L, D), "pooled": (B, P)} float32; longer prompts are cut, see tokenize."""
-        ids = self.tokenize(prompts).ids
-        assert self._text is not None, "a tokenizer comes with a text encoder"
-        rows = [self._text.run({"input_ids": ids[i : i + 1]}) for i in range(len(ids))]
-        return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(OUTPUTS["text_encoder"])}
+        """{"prompt_embeds": (B, L, D), "pooled": (B, P)} float32; longer prompts are cut, see tokenize.
+
+        Wan has no pooled embedding, and zeros beyond a prompt's end.
+        """
+        tokens, text = self.tokenize(prompts), self._text
+        assert text is not None, "a tokenizer comes with a text encoder"
+        feed = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        rows = [text.run({name: feed[name][i : i + 1] for name in text.inputs}) for i in range(len(tokens.ids))]
+        return {name: np.concatenate([row[k] for row in rows]) for k, name in enumerate(text.outputs)}
 
     def step(
         self, latents: Floats, timestep: Floats, coefficients: Floats, noise: Floats, conditioning: Conditioning
@@ -111,8 +131,23 @@ class GraphRuntime(ABC):
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def decode(self, latents: Floats) -> Images:
-        rows = [self._decoder.run({"latents": latents[i : i + 1]})[0] for i in range(len(latents))]
+        each = (latents[i : i + 1] for i in range(len(latents)))
+        if self._continued is not None:
+            return np.stack([np.concatenate(list(self.frames(clip))) for clip in each])
+        rows = [self._decoder.run({"latents": picture})[0] for picture in each]
         return np.concatenate(rows).astype(np.uint8, copy=False)
+
+    def frames(self, latents: Floats) -> Iterator[Images]:
+        """The first piece is the shorter one, so that all others have one shape, which is compiled once."""
+        if self._continued is None:
+            raise ValueError(f"{self.manifest.name} draws pictures; call decode")
+        first = (latents.shape[2] - 1) % PIECE + 1
+        image, *kept = self._decoder.run({"latents": latents[:, :, :first]})
+        yield image[0].astype(np.uint8, copy=False)
+        for start in range(first, latents.shape[2], PIECE):
+            past = {f"past_{i}": value for i, value in enumerate(kept)}
+            image, *kept = self._continued.run({"latents": latents[:, :, start : start + PIECE]} | past)
+            yield image[0].astype(np.uint8, copy=False)
 
     def _run_step(self, feed: Conditioning, rows: slice) -> list[Floats]:
         outputs = self._step.run({name: value[rows] for name, value in feed.items()})
@@ -146,7 +181,7 @@ class GraphRuntime(ABC):
 
     def _random_feed(self, rows: int) -> Conditioning:
         random = np.random.default_rng(0)
-        shape = (rows, *latent_shape(self.manifest, self.manifest.sizes[0]))
+        shape = (rows, *self.manifest.latent_shape())
         samplers = [s.table() for s in self.manifest.samplers.values()]
         times = np.concatenate([s.timesteps for s in samplers])
         coefficients = np.concatenate([s.rows for s in samplers])

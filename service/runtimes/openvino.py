@@ -34,7 +34,7 @@ from openvino.passes import ConstantFolding, Manager
 
 from distill.bundle import Bundle, BundleError
 from service.runtimes.base import Conditioning, FixedPrecision, RuntimeUnavailable
-from service.runtimes.graphs import OUTPUTS, GraphRuntime
+from service.runtimes.graphs import GraphRuntime, graph_engine
 
 _HINTS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
@@ -67,21 +67,22 @@ class OpenVinoRuntime(GraphRuntime):
             )
         super().__init__(bundle, threads=threads, max_batch=max_batch, precision=precision)
 
-    @staticmethod
-    def version() -> str:
+    def version(self) -> str:
         return str(ov.__version__).partition("-")[0]
 
     def _load(self, bundle: Bundle, graph: str) -> OpenVinoGraph:
-        path = bundle.file(bundle.engine(graph).file)
-        precision: FixedPrecision = "float32" if graph == "text_encoder" else self.precision
-        return OpenVinoGraph(path, OUTPUTS[graph], self.threads, precision)
+        int8 = self.precision == "int8"  # lies in the file; what is not quantised there is float32
+        engine = graph_engine(bundle, graph, "int8" if int8 else "float32")
+        path = bundle.file(engine.file)
+        precision: FixedPrecision = "float32" if int8 or graph == "text_encoder" else self.precision
+        return OpenVinoGraph(path, tuple(engine.outputs), self.threads, precision)
 
 
 class OpenVinoGraph:
     """service.runtimes.graphs.Graph as one compiled model per shape of the inputs."""
 
     def __init__(self, path: Path, outputs: tuple[str, ...], threads: int, precision: FixedPrecision) -> None:
-        self._path, self._outputs, self._precision = path, outputs, precision
+        self._path, self.outputs, self._precision = path, outputs, precision
         self._options = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -102,7 +103,7 @@ class OpenVinoGraph:
         if key not in self._compiled:
             self._compiled[key] = self._specialise(shapes)
         results = self._compiled[key](feed)
-        return [results[name] for name in self._outputs]
+        return [results[name] for name in self.outputs]
 
     def _specialise(self, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[Conditioning], Any]:
         model = self._model.clone()

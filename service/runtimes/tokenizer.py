@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,24 +22,65 @@ class ClipTokenizer:
     BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
     def __init__(self, bundle: Bundle, max_tokens: int) -> None:
-        path = bundle.file("tokenizer/tokenizer.json")
-        try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"{path} does not load: {error}; write the bundle again") from None
+        self._tokenizer, path = _load(bundle)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         begin, end = (self._tokenizer.token_to_id(token) for token in (self.BEGIN, self.END))
         if begin is None or end is None:
             raise BundleError(f"{path} lacks {self.BEGIN} or {self.END}; write the bundle again")
         self._begin, self._end, self._max_tokens = begin, end, max_tokens
+        self.room = max_tokens - 2
+        """Tokens of a prompt that are read."""
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
-        room = self._max_tokens - 2
         ids: NDArray[np.int64] = np.full((len(prompts), self._max_tokens), self._end, dtype=np.int64)
         encoded = [self._tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
         for row, tokens in zip(ids, encoded, strict=True):
             row[0] = self._begin
-            row[1 : 1 + min(len(tokens), room)] = tokens[:room]
+            row[1 : 1 + min(len(tokens), self.room)] = tokens[: self.room]
         counts = tuple(len(tokens) for tokens in encoded)
-        return Tokens(ids, counts, tuple(min(count, room) for count in counts))
+        return Tokens(ids, np.ones_like(ids), counts, tuple(min(count, self.room) for count in counts))
+
+
+class T5Tokenizer:
+    """T5's prompt form: tokens and the end, padded to a fixed length that a mask tells from the prompt.
+
+    Prompts are cleaned as diffusers' Wan pipeline does it without ftfy: HTML entities twice, then runs of space.
+    """
+
+    def __init__(self, bundle: Bundle, max_tokens: int) -> None:
+        self._tokenizer, path = _load(bundle)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = json.loads(bundle.file("tokenizer/tokenizer_config.json").read_text(encoding="utf-8"))
+        pad = self._tokenizer.token_to_id(str(config.get("pad_token", "<pad>")))
+        if pad is None:
+            raise BundleError(f"{path} lacks {config.get('pad_token', '<pad>')}; write the bundle again")
+        self._pad, self._max_tokens = int(pad), max_tokens
+        self.room = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        """Tokens of a prompt that are read."""
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        ids: NDArray[np.int64] = np.full((len(prompts), self._max_tokens), self._pad, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        counts = []
+        for row, seen, prompt in zip(ids, mask, prompts, strict=True):
+            encoded = self._tokenizer.encode(clean(prompt), add_special_tokens=False)
+            counts.append(len(encoded.ids))
+            encoded.truncate(self.room)
+            framed = self._tokenizer.post_process(encoded).ids
+            row[: len(framed)], seen[: len(framed)] = framed, 1
+        return Tokens(ids, mask, tuple(counts), tuple(min(count, self.room) for count in counts))
+
+
+def clean(prompt: str) -> str:
+    """A prompt as Wan reads it."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+def _load(bundle: Bundle) -> tuple[Tokenizer, Path]:
+    path = bundle.file("tokenizer/tokenizer.json")
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8")), path
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{path} does not load: {error}; write the bundle again") from None

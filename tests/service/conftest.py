@@ -64,6 +64,7 @@ def serve(bundles: Path, home: Path, *, ready: bool = True, **settings: object) 
     }
     environment |= {f"LEAPFROG_{name.upper()}": str(value) for name, value in settings.items()}
     environment |= {"LEAPFROG_BUNDLES": str(bundles), "BENTOML_HOME": str(home)}
+    environment.setdefault("LEAPFROG_DATA", str(home / "data"))
     port, log = free_port(), home / "log"
     command = [sys.executable, "-m", "bentoml", "serve", "--port", str(port)]
     with log.open("wb") as sink:
@@ -99,6 +100,23 @@ def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The server with default settings."""
     with serve(tiny_bundle.parent, tmp_path_factory.mktemp("server") / "home") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def video_server(
+    tiny_bundle: Path, tiny_video_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with a model for pictures and one for videos."""
+    bundles = tmp_path_factory.mktemp("both")
+    for bundle in (tiny_bundle, tiny_video_bundle):
+        (bundles / bundle.name).symlink_to(bundle)
+    with serve(bundles, tmp_path_factory.mktemp("video-server") / "home", max_frames=21) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def video_runtime(tiny_video_bundle: Path) -> OnnxRuntime:
+    return OnnxRuntime(Bundle.open(tiny_video_bundle), threads=1, max_batch=4)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def start(watched: Watched) -> Iterator[Start]:
 
 def steady(engine: Engine, sizes: tuple[int, ...]) -> None:
     """Fix the cost curve, so that no test depends on what this machine measures: a batch costs as much as one row."""
-    key = engine._served["tiny"].keys[SIZE]
+    key = engine._served["tiny"].keys[SIZE, 0]
     engine.budget.know(key, sizes)
     for rows in sizes:
         engine.budget.observe(key, rows, 0.01)
@@ -250,7 +250,7 @@ def test_stage_times_are_measured(start: Start) -> None:
 def test_the_engine_watches_what_steps_and_decoding_cost(watched: Watched) -> None:
     engine = Engine("cpu", max_queue=8)
     engine.add("tiny", watched, watched.manifest)
-    key = engine._served["tiny"].keys[SIZE]
+    key = engine._served["tiny"].keys[SIZE, 0]
     assert set(engine.budget.curve(key)) == set(watched.capabilities.batch_sizes), "measured before the first request"
     before = engine.budget.step_s(key, 1)
     engine.submit(order([0], 8))[0].result(60)
@@ -271,7 +271,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_no_picture(start: Start
     for seed, future in enumerate(futures):
         expected = generate(watched, watched.manifest, [PROMPT], [seed], 2)[0]
         np.testing.assert_array_equal(future.result(60).pixels, expected)
-    assert engine.budget.sizes(engine._served["tiny"].keys[SIZE]) == (1, 2)
+    assert engine.budget.sizes(engine._served["tiny"].keys[SIZE, 0]) == (1, 2)
 
 
 def test_memory_that_runs_out_again_fails_the_rows_and_nothing_else(start: Start, watched: Watched) -> None:

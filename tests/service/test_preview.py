@@ -9,7 +9,6 @@ from distill.bundle import Bundle
 from distill.sampling import noise
 from service.preview import preview, preview_steps
 from service.runtimes import OnnxRuntime
-from service.runtimes.base import latent_shape
 from service.settings import REPOSITORY
 
 MATRIX = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 0.5))
@@ -64,7 +63,7 @@ def test_previews_of_the_shipped_model_come_closer_to_the_picture() -> None:
     distances = np.zeros(3)
     for seed in range(3):
         text = runtime.encode_text([manifest.examples[seed]])
-        draws = noise(seed, 0, latent_shape(manifest, size), draws=4)
+        draws = noise(seed, 0, manifest.latent_shape(size), draws=4)
         latents, shown = draws[:1], []
         for k in range(4):
             fresh = draws[k + 1 : k + 2] if k < 3 else np.zeros_like(latents)

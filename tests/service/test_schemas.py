@@ -10,7 +10,7 @@ import pytest
 from distill.bundle import Manifest, Sampler
 from distill.sampling import ScaledLinear, student_table
 from service.errors import ApiError
-from service.schemas import Plan, parse, plan, steps_of_quality
+from service.schemas import ImageRequest, Plan, parse, plan, steps_of_quality
 from service.settings import LARGEST_SEED, Settings
 
 
@@ -33,7 +33,7 @@ def manifest() -> Manifest:
 
 
 def planned(manifest: Manifest, **body: Any) -> Plan:
-    return plan(parse(json.dumps({"prompt": "a red cube", **body}).encode()), manifest, Settings())
+    return plan(parse(json.dumps({"prompt": "a red cube", **body}).encode(), ImageRequest), manifest, Settings())
 
 
 def test_defaults(manifest: Manifest) -> None:
@@ -144,14 +144,14 @@ def test_wrong_fields_are_named(manifest: Manifest, body: dict[str, Any], param:
 )
 def test_bodies_that_are_no_object_are_refused(body: bytes, words: str) -> None:
     with pytest.raises(ApiError) as refused:
-        parse(body)
+        parse(body, ImageRequest)
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
     assert words in refused.value.message
 
 
 def test_a_missing_prompt_is_named() -> None:
     with pytest.raises(ApiError) as refused:
-        parse(b"{}")
+        parse(b"{}", ImageRequest)
     assert refused.value.body()["error"] == {
         "message": "prompt is missing; give a text",
         "type": "invalid_request_error",

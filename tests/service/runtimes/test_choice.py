@@ -31,6 +31,13 @@ def test_what_is_named_is_taken(processor: bool) -> None:
     assert choose("auto", "bfloat16") == choose("openvino", "bfloat16") == ("openvino", "bfloat16")
 
 
+def test_tensorrt_is_taken_by_name_only(processor: bool) -> None:
+    assert choose("tensorrt", "auto") == choose("tensorrt", "float32") == ("tensorrt", "float32")
+    assert choose("tensorrt", "float16") == ("tensorrt", "float16")
+    assert choose("auto", "int8") == choose("onnx", "int8") == ("onnx", "int8")
+    assert choose("openvino", "int8") == ("openvino", "int8")
+
+
 @pytest.fixture
 def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -60,8 +67,10 @@ def test_without_the_package_auto_is_onnx_runtime() -> None:
 @pytest.mark.parametrize(
     ("runtime", "precision", "message"),
     [
-        ("tensorrt", "float32", r"runtime is 'tensorrt'; use one of auto, onnx, openvino"),
-        ("onnx", "float16", r"precision is 'float16'; use one of auto, float32, bfloat16"),
+        ("coreml", "float32", r"runtime is 'coreml'; use one of auto, onnx, openvino, tensorrt"),
+        ("onnx", "float64", r"precision is 'float64'; use one of auto, float32, bfloat16, float16, int8"),
+        ("onnx", "float16", r"precision is float16, which is for GPUs; use float32"),
+        ("openvino", "float16", r"precision is float16, which is for GPUs; use float32"),
         ("onnx", "bfloat16", r"ONNX Runtime has none on the CPU; use float32, or the runtime openvino"),
     ],
 )
