@@ -206,6 +206,15 @@ class LabellerRecipe(Base):
     optimizer: Optimizer
 
 
+class MotionRecipe(Base):
+    """A network that says what moves in a clip and how, trained on exact labels."""
+
+    task: Literal["motion"]
+    data: SceneData = SceneData(count=2_000, frames=17)
+    width: int = Field(32, multiple_of=4)
+    optimizer: Optimizer
+
+
 class UnetModel(Strict):
     block_out_channels: tuple[int, ...] = (64, 128)
     attention: tuple[bool, ...] = (False, True)
@@ -447,6 +456,7 @@ Recipe = Annotated[
     | TextRecipe
     | RewardRecipe
     | LabellerRecipe
+    | MotionRecipe
     | DiffusionRecipe
     | DistillRecipe,
     Field(discriminator="task"),
@@ -459,6 +469,7 @@ _CLASSES: dict[str, type[Base]] = {
     "text": TextRecipe,
     "reward": RewardRecipe,
     "labeller": LabellerRecipe,
+    "motion": MotionRecipe,
     "diffusion": DiffusionRecipe,
     "distill": DistillRecipe,
 }

@@ -32,6 +32,7 @@ TASKS = {
     "text": "distill.tasks.text:TextTask",
     "reward": "distill.tasks.reward:reward_task",
     "labeller": "distill.tasks.labeller:LabellerTask",
+    "motion": "distill.tasks.motion:MotionTask",
     "diffusion": "distill.tasks.diffusion:DiffusionTask",
     "distill": "distill.tasks.distillation:DistillationTask",
 }

@@ -47,6 +47,7 @@ CUTS: dict[str, list[str]] = {
         "model.unet={block_out_channels: [16, 32], head_dim: 8, norm_num_groups: 8}", *SCENES,
     ],
     "scenes-video-vae": ["model={base_dim: 8, latent_channels: 4}", "window=5", *CLIPS],
+    "scenes-motion": ["width=8", *CLIPS],
     "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
     "scenes-wan-teacher": [
         "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2",

@@ -1,0 +1,104 @@
+"""The motion labeller: a small network, trained on exact labels, that says what moves in a clip of the scenes world.
+
+It is the judge of motion accuracy, a held-out metric: no model is ever trained on its answers.
+
+    labeller = MotionLabeller.load("models/scenes-motion")
+    labeller.watch(clips)          # (B, 3, F, 64, 64) uint8 -> per clip a Movement
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.data.world import CAMERA_MOTIONS, COLOURS, MOTIONS, SHAPES, Scene
+
+MOVEMENTS = (*MOTIONS, *CAMERA_MOTIONS[1:])
+ANSWERS: tuple[tuple[str, tuple[str, ...]], ...] = (("motion", MOVEMENTS), ("shape", SHAPES), ("colour", COLOURS))
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What moves and how. shape and colour are the moving thing's; "" where the camera or nothing moves."""
+
+    motion: str
+    shape: str = ""
+    colour: str = ""
+
+    @classmethod
+    def of(cls, scene: Scene) -> Movement:
+        """The truth."""
+        mover = next((thing for thing in scene.things if thing.motion != "still"), None)
+        return cls(scene.motion) if mover is None else cls(scene.motion, mover.shape, mover.colour)
+
+
+class MotionLabeller(nn.Module):
+    """Convolutions over each frame, then over frames; a maximum over all places and times tells what happens where."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.frames = nn.Sequential(
+            _conv(3, width, (1, 3, 3), (1, 2, 2)),
+            nn.SiLU(),
+            _conv(width, 2 * width, (1, 3, 3), (1, 2, 2)),
+            nn.SiLU(),
+        )
+        self.clip = nn.Sequential(
+            _conv(2 * width, 2 * width, (5, 3, 3), (2, 1, 1)),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            _conv(2 * width, 4 * width, (3, 3, 3), (2, 2, 2)),
+            nn.GroupNorm(8, 4 * width),
+            nn.SiLU(),
+            _conv(4 * width, 4 * width, (3, 3, 3), (1, 1, 1)),
+            nn.SiLU(),
+        )
+        self.read = nn.Linear(8 * width, sum(len(values) for _, values in ANSWERS))
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        """clips: (B, 3, F, H, W) in [−1, 1]. Returns logits (B, k) per answer."""
+        seen = self.clip(self.frames(clips)).flatten(2)
+        logits = self.read(torch.cat((seen.amax(2), seen.mean(2)), 1))
+        parts = logits.split([len(values) for _, values in ANSWERS], 1)
+        return {name: part for (name, _), part in zip(ANSWERS, parts, strict=True)}
+
+    @torch.no_grad()
+    def watch(self, clips: Tensor) -> list[Movement]:
+        """What moves in each clip, (B, 3, F, H, W) uint8. Raises ValueError for anything else."""
+        if clips.ndim != 5 or clips.dtype != torch.uint8:
+            raise ValueError(f"clips is {tuple(clips.shape)} {clips.dtype}; give (B, 3, F, H, W) uint8")
+        found = []
+        for part in clips.split(32):
+            out = self(part.float() / 127.5 - 1)
+            for row in zip(*(out[name].argmax(1).tolist() for name, _ in ANSWERS), strict=True):
+                motion, *mover = (values[i] for (_, values), i in zip(ANSWERS, row, strict=True))
+                found.append(Movement(motion, *mover) if motion in MOTIONS[1:] else Movement(motion))
+        return found
+
+    @classmethod
+    def load(cls, path: str | Path) -> MotionLabeller:
+        """Read model.safetensors and config.json from a folder."""
+        folder = Path(path)
+        labeller = cls(json.loads((folder / "config.json").read_text())["width"])
+        state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+        labeller.load_state_dict(state)
+        return labeller.eval().requires_grad_(False)
+
+    def save(self, path: str | Path, accuracy: dict[str, float]) -> None:
+        """Write the weights in float16 and config.json with the measured accuracy."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"width": self.width, "accuracy": accuracy}, indent=1) + "\n")
+
+
+def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.Conv3d:
+    t, h, w = kernel
+    return nn.Conv3d(inputs, outputs, kernel, stride, padding=(t // 2, h // 2, w // 2))
