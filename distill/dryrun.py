@@ -32,8 +32,11 @@ REWARD_PARAMETERS = {
     "imagereward": 478_000_000,
     "clip": 427_616_513,
     "dinov2": 304_368_640,
+    "videoalign": 2_208_563_200,
 }
-"""Of published weights: ViT-H/14 (HPSv2, PickScore), BLIP-large (ImageReward, rounded), ViT-L/14 (CLIP, DINOv2)."""
+"""Of published weights: ViT-H/14 (HPSv2, PickScore), BLIP-large (ImageReward, rounded), ViT-L/14 (CLIP, DINOv2).
+
+VideoAlign is Qwen2-VL-2B with embeddings of 151,660 tokens and a head of one number."""
 _UNCOUNTED = (
     "segment_guidance",
     "consistency",

@@ -13,6 +13,7 @@ KINDS = {
     "imagereward": "ImageReward's human preferences on BLIP",
     "clip": "captions alone",
     "dinov2": "ImageNet's labels on DINOv2",
+    "videoalign": "VideoAlign's human preferences on Qwen2-VL",
 }
 """Published rewards by name, with what each has learned from."""
 

@@ -33,6 +33,7 @@ from distill.config import DistillRecipe, FileData, RecipeError, SceneData, pars
 from distill.data.tokenizer import BEGIN, END, build_tokenizer
 from distill.families.load import FAMILIES
 from distill.families.published import PUBLISHED, USUAL, Configs, configs_of
+from distill.reward_names import parse_reward
 from distill.tasks.samples import PREVIEW_PROMPTS
 
 MAX_TOKENS = 40
@@ -151,17 +152,33 @@ def save_tiny_teacher(family: str, configs: Configs, folder: Path) -> None:
 
 def tiny_t5_tokenizer() -> Any:
     """A tokenizer of bytes with T5's special tokens: pads with 0, ends with 1."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import processors
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _bytes(["<pad>", "</s>", "<unk>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+def _byte_tokenizer(special: list[str]) -> Any:
+    """A tokenizer of bytes that pads with the first of its special tokens and knows the others in a text."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_bytes(special), pad_token=special[0], additional_special_tokens=special[1:]
+    )
+
+
+def _bytes(special: list[str]) -> Any:
+    """Byte-pair encoding without pairs, the special tokens first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    unknown = {"unk_token": "<unk>"} if "<unk>" in special else {}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], **unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def save_tiny_clip(folder: Path, seed: int) -> None:
@@ -177,6 +194,47 @@ def save_tiny_clip(folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         CLIPModel(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE}))
+
+
+def save_tiny_videoalign(folder: Path, seed: int) -> None:
+    """A Qwen2-VL with a head, its tokenizer and settings, as VideoAlign publishes its reward."""
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    tokenizer = _byte_tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    )
+    words, ids = len(tokenizer) + 3, tokenizer.get_vocab()  # three more ask for scores
+    width: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    width |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": words,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config = Qwen2VLConfig(
+        text_config={**width, "rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2},
+        video_token_id=ids["<|video_pad|>"],
+        image_token_id=words,  # none of the words
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Qwen2VLModel(config)
+        head = torch.randn(1, 32) / 32**0.5
+    old = {name.replace("language_model.", "model."): value for name, value in model.state_dict().items()}
+    (folder / "checkpoint-1").mkdir(parents=True)
+    torch.save({**old, "rm_head.weight": head}, folder / "checkpoint-1" / "model.pth")
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {
+        "data_config": {"fps": 2.0, "max_frame_pixels": 200704, "prompt_template_type": "detailed_special"},
+        "model_config": {"reward_token": "special", "model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"},
+    }
+    (folder / "model_config.json").write_text(json.dumps(settings, indent=2))
 
 
 def save_tiny_classifier(folder: Path, seed: int, classes: int) -> None:
@@ -210,8 +268,10 @@ def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
     tree |= {"name": f"{recipe.name}-shrunk", "output": f"{recipe.output}-shrunk", "teacher": str(folder / "teacher")}
     tree |= {"size": None if family == "sit" else [SIDE, SIDE], "frames": 5 if family == "wan" else None}
     if recipe.advantage:
-        tree["advantage"]["reward"] = _tiny_reward(recipe, folder, 0, configs)
-    tree["heldout_rewards"] = [_tiny_reward(recipe, folder, 1 + i, configs) for i in range(len(recipe.heldout_rewards))]
+        tree["advantage"]["reward"] = _tiny_reward(recipe, recipe.advantage.reward, folder, 0, configs)
+    tree["heldout_rewards"] = [
+        _tiny_reward(recipe, name, folder, 1 + i, configs) for i, name in enumerate(recipe.heldout_rewards)
+    ]
     if isinstance(recipe.data, FileData):
         _once(folder / "data", save_tiny_data)
         pictures = str(folder / "data") if recipe.data.pictures else None
@@ -226,8 +286,12 @@ def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
     return parse_recipe(tree, recipe.name)  # type: ignore[no-any-return]
 
 
-def _tiny_reward(recipe: DistillRecipe, folder: Path, seed: int, configs: Configs) -> str:
+def _tiny_reward(recipe: DistillRecipe, name: str, folder: Path, seed: int, configs: Configs) -> str:
+    """A reward of labels, of videos, or of pictures, as the recipe's own is."""
     place, labels = folder / f"reward-{seed}", recipe.data == "labels"
+    if parse_reward(name)[0] == "videoalign":
+        _once(place, lambda target: save_tiny_videoalign(target, seed))
+        return f"videoalign:{place}"
     if labels:
         classes = int(configs["transformer"].get("num_embeds_ada_norm", 1000))
         _once(place, lambda target: save_tiny_classifier(target, seed, classes))

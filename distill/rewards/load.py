@@ -19,6 +19,7 @@ from distill.rewards.digits import DigitClassifier
 from distill.rewards.dinov2 import load_dinov2
 from distill.rewards.hpsv2 import load_hpsv2
 from distill.rewards.imagereward import load_imagereward
+from distill.rewards.videoalign import load_videoalign
 
 _LOADERS: dict[str, Callable[..., Any]] = {
     "hpsv2": partial(load_hpsv2, "hpsv2"),
@@ -27,6 +28,7 @@ _LOADERS: dict[str, Callable[..., Any]] = {
     "imagereward": load_imagereward,
     "clip": load_clip_score,
     "dinov2": load_dinov2,
+    "videoalign": load_videoalign,
 }
 
 

@@ -283,6 +283,9 @@ class DistillationTask:
             rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": missing}
             for name, values in held.items():
                 rollout.telemetry[f"heldout/{name}"] = Some(values, values.isfinite())
+            for judge in (self.reward, *self.heldout):
+                for axis, values in getattr(judge, "axes", {}).items():
+                    rollout.telemetry[f"{judge.name}/{axis}"] = values.mean()
         if settings.group < 2:
             return
         if not count:

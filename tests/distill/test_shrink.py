@@ -45,6 +45,9 @@ def test_every_production_recipe_does_two_iterations_when_shrunk(name: str, tmp_
     if recipe.advantage:
         assert all(abs(line["advantage"]) < 1 and line["reward_not_finite"] == 0 for line in lines)
         assert 0 < min(line["w_ess"] for line in lines) <= 1
+    if recipe.advantage and recipe.advantage.reward == "videoalign":
+        total = sum(lines[0][f"videoalign/{axis}"] for axis in ("VQ", "MQ", "TA"))
+        assert total == pytest.approx(lines[0]["reward"], abs=1e-3)
     if recipe.gan:
         assert all(line["discriminator/loss"] > 0 for line in lines)
 

@@ -25,7 +25,7 @@ def test_a_folder_of_ours_loads_by_its_path(tmp_path: Path) -> None:
     assert isinstance(load_reward(str(tmp_path / "judge")), DigitClassifier)
 
 
-@pytest.mark.parametrize("name", ["hpsv2", "hpsv2.1", "imagereward", "pickscore", "clip", "dinov2"])
+@pytest.mark.parametrize("name", ["hpsv2", "hpsv2.1", "imagereward", "pickscore", "clip", "dinov2", "videoalign"])
 def test_published_weights_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(WeightsError, match=f"^{name}: .*hf download somebody/never-downloaded"):
         load_reward(f"{name}:somebody/never-downloaded")
