@@ -144,7 +144,7 @@ class RewardGap(Hook):
     @torch.no_grad()
     def after_iteration(self, rollouts: Sequence[Rollout]) -> None:
         columns = [[r.rewards() for r in rollouts], *([r.heldout[name] for r in rollouts] for name in self.names)]
-        scores = [torch.cat(column).double().cpu() for column in columns]
+        scores = torch.stack([torch.cat(column).double() for column in columns]).cpu()
         finite = [column[column.isfinite()] for column in scores]
         if any(len(column) == 0 for column in finite):
             return

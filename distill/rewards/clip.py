@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
+from distill.parallel.device import moved
 from distill.rewards.base import check_counts
 from distill.rewards.pixels import CLIP_MEAN, CLIP_STD, FillAndCrop, Prepare, plain
 from distill.rewards.weights import WeightsError, find_folder, weights_digest
@@ -87,9 +88,11 @@ def text_features(clip: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     distinct = list(dict.fromkeys(prompts))
     ids = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt").input_ids
     device = clip.text_projection.weight.device
-    vectors = normalize(clip.text_projection(clip.text_model(input_ids=ids.to(device)).pooler_output).float(), dim=-1)
+    vectors = normalize(
+        clip.text_projection(clip.text_model(input_ids=moved(ids, device)).pooler_output).float(), dim=-1
+    )
     row = {prompt: i for i, prompt in enumerate(distinct)}
-    return vectors[torch.tensor([row[prompt] for prompt in prompts], device=device)]
+    return vectors[moved(torch.tensor([row[prompt] for prompt in prompts]), device)]
 
 
 def clip_cosine(clip: Any, tokenizer: Any, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from distill.bundle import sha256
+from distill.parallel.device import moved
 from distill.rewards.base import check_counts
 
 
@@ -53,7 +54,7 @@ class DigitClassifier(nn.Module):
         return self.score_pixels(images.float() / 127.5 - 1.0, conditions)
 
     def score_pixels(self, pixels: Tensor, conditions: Sequence[int]) -> Tensor:
-        labels = torch.as_tensor(list(conditions), dtype=torch.int64, device=pixels.device)
+        labels = moved(torch.as_tensor(list(conditions), dtype=torch.int64), pixels.device)
         return log_softmax(self.head(self.body(pixels[:, :1])), 1).gather(1, labels[:, None])[:, 0]
 
     def save(self, folder: Path, accuracy: float) -> None:

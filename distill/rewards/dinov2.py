@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import Dinov2ForImageClassification
 
+from distill.parallel.device import moved
 from distill.rewards.base import check_counts
 from distill.rewards.clip import read_processor
 from distill.rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, Prepare
@@ -48,10 +49,10 @@ class Dinov2Reward:
         return self.score_pixels(images.float() / 127.5 - 1.0, conditions)
 
     def score_pixels(self, pixels: Tensor, conditions: Sequence[int]) -> Tensor:
-        labels = torch.as_tensor(list(conditions), dtype=torch.int64, device=pixels.device)
         count = int(self.classifier.config.num_labels)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
-            raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; use 0 to {count - 1}")
+        if conditions and not 0 <= min(conditions) <= max(conditions) < count:
+            raise ValueError(f"labels run from {min(conditions)} to {max(conditions)}; use 0 to {count - 1}")
+        labels = moved(torch.as_tensor(list(conditions), dtype=torch.int64), pixels.device)
         logits = self.classifier(pixel_values=self.prepare(pixels)).logits.float()
         return log_softmax(logits, 1).gather(1, labels[:, None])[:, 0]
 

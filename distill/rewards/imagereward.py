@@ -23,6 +23,7 @@ from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisi
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from distill.parallel.device import moved
 from distill.rewards.base import check_counts
 from distill.rewards.pixels import FillAndCrop
 from distill.rewards.weights import WeightsError, digest_of, fill, find_file, find_folder, read_tensors
@@ -75,8 +76,8 @@ class ImageReward(nn.Module):
             list(conditions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
         read = self.text(
-            input_ids=words.input_ids.to(pixels.device),
-            attention_mask=words.attention_mask.to(pixels.device),
+            input_ids=moved(words.input_ids, pixels.device),
+            attention_mask=moved(words.attention_mask, pixels.device),
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=pixels.device),
         )

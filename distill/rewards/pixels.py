@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from distill.parallel.device import moved
+
 Prepare = Callable[[Tensor], Tensor]
 """Pictures (B, 3, H, W) float32 in [−1, 1] to a network's input (B, 3, S, S) float32."""
 Triple = tuple[float, float, float]
@@ -41,7 +43,7 @@ def resized(x: Tensor, height: int, width: int) -> Tensor:
 
 def normalised(x: Tensor, mean: Triple, std: Triple) -> Tensor:
     """(x − mean)/std per channel."""
-    m, s = torch.tensor(mean, device=x.device), torch.tensor(std, device=x.device)
+    m, s = (moved(torch.tensor(three), x.device) for three in (mean, std))
     return (x - m[:, None, None]) / s[:, None, None]
 
 

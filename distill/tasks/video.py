@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.parallel.device import moved
+
 FRAMES = 4
 """Frames of a video that a reward of pictures sees."""
 
 
 def spread(videos: Tensor, count: int) -> Tensor:
     """``count`` frames of (B, 3, F, H, W), the first, the last and evenly between: (B, count, 3, H, W)."""
-    index = torch.linspace(0, videos.shape[2] - 1, count).round().long()
+    index = moved(torch.linspace(0, videos.shape[2] - 1, count).round().long(), videos.device)
     return videos[:, :, index].transpose(1, 2)
 
 
