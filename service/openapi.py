@@ -1,7 +1,7 @@
 """The OpenAPI document of /v1: what the routes take and give, with this server's own limits and models.
 
-Requests come from the model that checks them (service.schemas.ImageRequest), so that the two cannot part; answers are
-written out here and held against real ones in tests.
+Requests come from the models that check them (service.schemas.ImageRequest, service.video_request.VideoRequest), so
+that the two cannot part; answers are written out here and held against real ones in tests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from distill.bundle import Manifest
 from service.schemas import ALIASES, ImageRequest
 from service.settings import Settings
+from service.video_request import VideoRequest
 
 Schema = dict[str, Any]
 VERSION = "1"
@@ -23,14 +24,15 @@ NAMES: Schema = {"type": "array", "items": TEXT}
 
 def document(settings: Settings, manifests: Sequence[Manifest] = ()) -> Schema:
     """OpenAPI 3.1. manifests: of the models that are served, whose names, sizes and steps it lists."""
-    asked = request(settings, manifests)
+    pictures = [manifest for manifest in manifests if not manifest.frames]
+    asked, filmed = request(settings, pictures), video_request(settings, [m for m in manifests if m.frames])
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Leapfrog",
             "version": VERSION,
-            "description": "Few-step students behind OpenAI's images API. Fields that OpenAI does not have: "
-            "steps, seed, progress, priority, deadline_ms, cache.",
+            "description": "Few-step students behind OpenAI's images and videos API. Fields that OpenAI does not have: "
+            "steps, seed, progress, priority, deadline_ms, cache; of videos num_frames, fps, output_format.",
         },
         "paths": {
             "/v1/openapi.json": {"get": _operation("getDocument", "This document", {"type": "object"})},
@@ -45,9 +47,10 @@ def document(settings: Settings, manifests: Sequence[Manifest] = ()) -> Schema:
                     "When a request would be done and what it would cost, without doing it",
                     ESTIMATE,
                     errors=(400, 404, 408, 413, 415),
-                    body=asked,
+                    body={"anyOf": [asked, filmed]},
                 )
             },
+            **_videos(filmed),
             "/v1/queue": {"get": _operation("getQueue", "How much there is to do", _list(QUEUE))},
             "/v1/requests/{request_id}/cancel": {
                 "post": _operation(
@@ -68,10 +71,37 @@ def request(settings: Settings, manifests: Sequence[Manifest]) -> Schema:
     """The body of a request for pictures."""
     schema = ImageRequest.model_json_schema()
     properties: dict[str, Schema] = schema["properties"]
-    properties["prompt"] |= {"minLength": 1, "maxLength": settings.max_prompt_chars, "pattern": r"\S"}
     properties["n"] |= {"maximum": settings.max_n}
     properties["response_format"]["enum"] = ["b64_json"]
     properties["background"]["enum"] = ["auto", "opaque"]
+    twice = _complete(schema, settings, manifests)
+    streamed = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    return {
+        **schema,
+        "title": "ImageRequest",
+        "allOf": [*twice, {"if": streamed, "then": {"properties": {"n": {"maximum": 1}}}}],
+    }
+
+
+def video_request(settings: Settings, manifests: Sequence[Manifest]) -> Schema:
+    """The body of a request for a video. Longer ones than there may be are refused whatever the document says."""
+    schema = VideoRequest.model_json_schema()
+    properties: dict[str, Schema] = schema["properties"]
+    properties["input_reference"] = {"type": "null", "description": properties["input_reference"]["description"]}
+    longest_s = settings.max_frames / max((m.fps for m in manifests), default=60.0)
+    seconds = {"exclusiveMinimum": 0, "maximum": longest_s}
+    properties["seconds"]["anyOf"] = [{"type": "number", **seconds}, {"enum": ["1", "2"]}, {"type": "null"}]
+    properties["num_frames"]["anyOf"] = [
+        {"type": "integer", "minimum": 1, "maximum": settings.max_frames},
+        {"type": "null"},
+    ]
+    return {**schema, "title": "VideoRequest", "allOf": _complete(schema, settings, manifests)}
+
+
+def _complete(schema: Schema, settings: Settings, manifests: Sequence[Manifest]) -> list[Schema]:
+    """What requests for pictures and videos have in common; returns what may not be sent together."""
+    properties: dict[str, Schema] = schema["properties"]
+    properties["prompt"] |= {"minLength": 1, "maxLength": settings.max_prompt_chars, "pattern": r"\S"}
     if manifests:
         _choose(properties["model"], sorted(m.name for m in manifests))
         _choose(properties["steps"], sorted({steps for m in manifests for steps in m.samplers}))
@@ -80,16 +110,68 @@ def request(settings: Settings, manifests: Sequence[Manifest]) -> Schema:
     for alias, name in ALIASES.items():
         properties[alias] = {**properties[name], "description": f"another name of {name}"}
     for name, entry in properties.items():
-        if name not in schema["required"] and "anyOf" not in entry:  # null means unset
+        if name not in schema["required"] and "anyOf" not in entry and entry.get("type") != "null":  # null means unset
             told: Schema = {key: entry.pop(key) for key in ("title", "description", "default") if key in entry}
             properties[name] = told | {"anyOf": [entry, {"type": "null"}]}
-    twice: list[Schema] = [{"not": {"required": [alias, name]}} for alias, name in ALIASES.items()]
-    streamed = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    return [{"not": {"required": [alias, name]}} for alias, name in ALIASES.items()]
+
+
+def _videos(asked: Schema) -> Schema:
+    """The paths of videos."""
+    create = _operation(
+        "createVideo",
+        "A video job: JSON, or the form that OpenAI's client sends",
+        VIDEO,
+        errors=(400, 404, 408, 409, 413, 415, 429),
+        body=asked,
+    )
+    create["parameters"] = [IDEMPOTENCY]
+    at_once = _operation(
+        "createVideoAtOnce",
+        "The clip itself",
+        {},
+        errors=(400, 404, 408, 409, 413, 415, 429, 500, 504),
+        body=asked,
+    )
+    at_once["responses"]["200"]["content"] = _files("video/mp4", "video/webm", "image/gif")
+    content = _operation(
+        "getVideoContent", "A file of a finished video", {}, errors=(400, 404, 410, 416), path="video_id"
+    )
+    kinds = ("video/mp4", "video/webm", "image/gif", "image/webp", "image/jpeg")
+    content["responses"]["200"]["content"] = _files(*kinds)
+    content["responses"]["206"] = {"description": "a range of it", "content": _files(*kinds, "multipart/byteranges")}
+    content["parameters"].append(_query("variant", {"enum": ["video", "thumbnail", "spritesheet"]}))
+    events = _operation("followVideo", "Progress and previews as they come", {}, errors=(400, 404), path="video_id")
+    events["responses"]["200"]["content"] = {"text/event-stream": {"schema": TEXT}}
+    last = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+    events["parameters"].append(
+        {"name": "Last-Event-ID", "in": "header", "description": "go on after this event", "schema": last}
+    )
+    listed = _operation("listVideos", "Videos of this key, the newest first", VIDEOS, errors=(400, 404))
+    listed["parameters"] = [
+        _query("limit", {"type": "integer", "minimum": 1, "maximum": 100}),
+        _query("order", {"enum": ["asc", "desc"]}),
+        _query("after", {"type": "string", "minLength": 1}),
+    ]
+    get = _operation("getVideo", "One video job", VIDEO, errors=(404,), path="video_id")
+    delete = _operation("deleteVideo", "Forget a video and its files", DELETED, errors=(404,), path="video_id")
+    cancel = _operation("cancelVideo", "Give up a video and keep its record", VIDEO, errors=(404,), path="video_id")
     return {
-        **schema,
-        "title": "ImageRequest",
-        "allOf": [*twice, {"if": streamed, "then": {"properties": {"n": {"maximum": 1}}}}],
+        "/v1/videos": {"get": listed, "post": create},
+        "/v1/videos/sync": {"post": at_once},
+        "/v1/videos/{video_id}": {"get": get, "delete": delete},
+        "/v1/videos/{video_id}/cancel": {"post": cancel},
+        "/v1/videos/{video_id}/content": {"get": content},
+        "/v1/videos/{video_id}/events": {"get": events},
     }
+
+
+def _files(*kinds: str) -> Schema:
+    return {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
+
+
+def _query(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "schema": schema}
 
 
 def _choose(entry: Schema, values: list[Any]) -> None:
@@ -108,16 +190,9 @@ def _generations(asked: Schema) -> Schema:
         errors=(400, 404, 406, 408, 409, 413, 415, 429, 500, 504),
         body=asked,
     )
-    files = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")}
+    files = _files("image/png", "image/jpeg", "image/webp")
     found["responses"]["200"]["content"] |= {"text/event-stream": {"schema": TEXT}, **files}
-    found["parameters"] = [
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "description": "the same key and body give the first answer again",
-            "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-        }
-    ]
+    found["parameters"] = [IDEMPOTENCY]
     return found
 
 
@@ -168,12 +243,14 @@ REASONS = {
     400: "the request is wrong; error.param names the field",
     401: "the API key is missing or wrong",
     403: "this server answers only its own machine",
-    404: "there is no such model or request",
+    404: "there is no such model, request or video",
     406: "no picture can be sent in the form that Accept asks for",
     408: "the body took too long to arrive",
     409: "the request was cancelled, or its Idempotency-Key came with another body",
+    410: "the video has expired",
     413: "the body is too large",
-    415: "the body is not JSON",
+    415: "the body is not JSON, nor a form where one is taken",
+    416: "the range lies beyond the end of the file",
     429: "the queue is full; retry-after-ms says when to come back",
     500: "the server failed; its log has the request id",
     503: "no model is ready yet",
@@ -202,8 +279,12 @@ ESTIMATE = _object(
     steps=WHOLE,
     size=TEXT,
     n=WHOLE,
+    num_frames=WHOLE,
+    fps=NUMBER,
+    seconds=TEXT,
+    optional=("num_frames", "fps", "seconds"),
 )
-QUEUE = _object(device=TEXT, models=NAMES, waiting=WHOLE, running=WHOLE, work_ms=NUMBER)
+QUEUE = _object(device=TEXT, models=NAMES, waiting=WHOLE, running=WHOLE, work_ms=NUMBER, videos=WHOLE)
 CANCELLED = _object(id=TEXT, object={"const": "request.cancelled"}, cancelled={"const": True})
 USAGE = _object(
     input_tokens=WHOLE,
@@ -237,3 +318,42 @@ PICTURES = _object(
     warnings=NAMES,
     data={"type": "array", "minItems": 1, "items": _object(b64_json=TEXT, seed=WHOLE)},
 )
+IDEMPOTENCY: Schema = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "the same key and body give the first answer again",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 240, "pattern": "^[!-~]+$"},
+}
+VIDEO = _object(
+    id=TEXT,
+    object={"const": "video"},
+    model=TEXT,
+    status={"enum": ["queued", "in_progress", "completed", "failed"]},
+    progress={"type": "integer", "minimum": 0, "maximum": 100},
+    created_at=WHOLE,
+    completed_at=_nullable(WHOLE),
+    expires_at=_nullable(WHOLE),
+    prompt=TEXT,
+    seconds=TEXT,
+    size=TEXT,
+    remixed_from_video_id={"type": "null"},
+    error=_nullable(_object(code=TEXT, message=TEXT)),
+    seed=WHOLE,
+    num_frames=WHOLE,
+    fps=NUMBER,
+    steps=WHOLE,
+    output_format={"enum": ["mp4", "webm", "gif"]},
+    queue_position=_nullable(WHOLE),
+    eta_ms=_nullable(NUMBER),
+    metrics=_nullable({"type": "object"}),
+    ignored=NAMES,
+    warnings=NAMES,
+)
+VIDEOS = _object(
+    object={"const": "list"},
+    data={"type": "array", "items": VIDEO},
+    first_id=_nullable(TEXT),
+    last_id=_nullable(TEXT),
+    has_more={"type": "boolean"},
+)
+DELETED = _object(id=TEXT, object={"const": "video.deleted"}, deleted={"type": "boolean"})

@@ -16,9 +16,10 @@ from schemathesis.specs.openapi import checks
 
 from distill.bundle import Manifest
 from service.edge import KNOWN_PATHS, TEMPLATES
-from service.openapi import PICTURES, document, request
+from service.openapi import PICTURES, VIDEO, document, request, video_request
 from service.schemas import ImageRequest
 from service.settings import Settings
+from service.video_request import VideoRequest
 from tests.service.conftest import Server
 
 FOLLOWED = [
@@ -31,6 +32,8 @@ FOLLOWED = [
 
 TEMPLATED = {template for _, template in TEMPLATES}
 OPERATIONS = ("listModels", "getModel", "createImage", "estimate", "getQueue", "cancelRequest")
+VIDEO_OPERATIONS = ("createVideo", "createVideoAtOnce", "listVideos", "getVideo", "deleteVideo", "cancelVideo")
+VIDEO_OPERATIONS += ("getVideoContent", "followVideo")
 BUDGET = settings(
     max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -44,13 +47,30 @@ def operations(server: Server) -> dict[str, Any]:
 
 def test_every_route_is_described(server: Server) -> None:
     """Schemathesis leaves out the document's own."""
-    assert set(operations(server)) == set(OPERATIONS)
+    assert set(operations(server)) == {*OPERATIONS, *VIDEO_OPERATIONS}
     paths = server.get("/v1/openapi.json").json()["paths"]
     assert {re.sub(r"\{\w+\}", "{id}", path) for path in paths} == {p for p in KNOWN_PATHS | TEMPLATED if "/v1/" in p}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_no_request_makes_the_server_fail_or_leave_its_document(server: Server, name: str) -> None:
+    hold_against(server, name)
+
+
+@pytest.mark.parametrize("name", VIDEO_OPERATIONS)
+def test_no_request_for_videos_does_either(video_server: Server, name: str) -> None:
+    hold_against(video_server, name)
+
+
+def test_a_server_without_videos_says_so(server: Server) -> None:
+    for name in VIDEO_OPERATIONS[:2]:
+        path = "/v1/videos" + ("/sync" if name == "createVideoAtOnce" else "")
+        answer = httpx.post(server.url + path, json={"prompt": "a cube"})
+        assert answer.status_code == 400 and "no model of this server makes videos" in answer.text
+    assert server.get("/v1/videos").json()["data"] == []
+
+
+def hold_against(server: Server, name: str) -> None:
     @BUDGET
     @given(case=operations(server)[name].as_strategy())
     def hold(case: schemathesis.Case) -> None:
@@ -106,6 +126,22 @@ def test_pictures_follow_the_document_cached_or_not(server: Server) -> None:
     assert answer.json()["metrics"]["cache"] == "hit" and answer.json()["ignored"] == ["style"]
 
 
+def test_videos_follow_the_document(video_server: Server) -> None:
+    validator = jsonschema_rs.validator_for(VIDEO)
+    answer = httpx.post(f"{video_server.url}/v1/videos", json={"prompt": "a blue cube", "seed": 11, "user": "me"})
+    validator.validate(answer.json())
+    followed = httpx.get(f"{video_server.url}/v1/videos/{answer.json()['id']}/events", timeout=60)
+    done = json.loads(followed.text.rstrip().rsplit("data: ", 1)[1])
+    assert done.pop("type") == "video.completed"
+    validator.validate(done)
+
+
+def test_the_document_lists_every_field_of_videos() -> None:
+    listed = video_request(Settings(), [])["properties"]
+    assert set(listed) == set(VideoRequest.model_fields) | {"num_inference_steps"}
+    assert all(entry.get("description") for entry in listed.values())
+
+
 def test_keys_are_asked_for_where_the_server_asks_for_them(manifest: Manifest) -> None:
     assert document(Settings(), [manifest])["security"] == []
     keyed = document(Settings(api_keys=("alpha",)), [manifest])
@@ -127,9 +163,5 @@ def test_whole_numbers_may_be_written_with_a_point(server: Server) -> None:
 
 def test_the_document_is_served_before_models_are(tmp_path: Path) -> None:
     found = document(Settings(bundles=tmp_path))
-    assert (
-        "enum"
-        not in found["paths"]["/v1/estimate"]["post"]["requestBody"]["content"]["application/json"]["schema"][
-            "properties"
-        ]["size"]["anyOf"][0]
-    )
+    bodies = found["paths"]["/v1/estimate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert all("enum" not in body["properties"]["size"]["anyOf"][0] for body in bodies)
