@@ -199,6 +199,21 @@ class RewardRecipe(Base):
         return self
 
 
+class VideoRewardRecipe(Base):
+    """Preferences between clips: clean against damaged or wrongly captioned ones (Bradley–Terry)."""
+
+    task: Literal["video-reward"]
+    data: SceneData = SceneData(count=2_000, frames=17)
+    text_encoder: str = Field(description="folder of a UMT5 encoder, with its tokenizer in tokenizer/")
+    width: int = Field(32, multiple_of=8)
+    layers: int = 2
+    projection: int = 128
+    temperature: float = Field(4.0, gt=0, description="points of 100 × cosine that make odds of e")
+    wrong_captions: int = Field(2, ge=1, description="per clip; texts cost less than clips")
+    facts_weight: float = Field(1.0, ge=0, description="of the loss that reads facts and motions from a clip")
+    optimizer: Optimizer
+
+
 class LabellerRecipe(Base):
     task: Literal["labeller"]
     data: SceneData = SceneData()
@@ -455,6 +470,7 @@ Recipe = Annotated[
     | ClipRecipe
     | TextRecipe
     | RewardRecipe
+    | VideoRewardRecipe
     | LabellerRecipe
     | MotionRecipe
     | DiffusionRecipe
@@ -468,6 +484,7 @@ _CLASSES: dict[str, type[Base]] = {
     "clip": ClipRecipe,
     "text": TextRecipe,
     "reward": RewardRecipe,
+    "video-reward": VideoRewardRecipe,
     "labeller": LabellerRecipe,
     "motion": MotionRecipe,
     "diffusion": DiffusionRecipe,

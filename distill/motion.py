@@ -37,19 +37,16 @@ class Movement:
         return cls(scene.motion) if mover is None else cls(scene.motion, mover.shape, mover.colour)
 
 
-class MotionLabeller(nn.Module):
-    """Convolutions over each frame, then over frames; a maximum over all places and times tells what happens where."""
+class ClipTrunk(nn.Module):
+    """Convolutions over each frame, then over frames: (B, 3, F, H, W) to (B, 4·width, …), see ``grid``."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.width = width
-        self.frames = nn.Sequential(
+        self.layers = nn.Sequential(
             _conv(3, width, (1, 3, 3), (1, 2, 2)),
             nn.SiLU(),
             _conv(width, 2 * width, (1, 3, 3), (1, 2, 2)),
             nn.SiLU(),
-        )
-        self.clip = nn.Sequential(
             _conv(2 * width, 2 * width, (5, 3, 3), (2, 1, 1)),
             nn.GroupNorm(8, 2 * width),
             nn.SiLU(),
@@ -59,11 +56,28 @@ class MotionLabeller(nn.Module):
             _conv(4 * width, 4 * width, (3, 3, 3), (1, 1, 1)),
             nn.SiLU(),
         )
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.layers(clips)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def grid(frames: int, size: int) -> tuple[int, int, int]:
+        """(frames, rows, columns) of what comes out: an eighth of the size and, rounded up, a quarter of the frames."""
+        return -(-frames // 4), -(-size // 8), -(-size // 8)
+
+
+class MotionLabeller(nn.Module):
+    """Reads a maximum and a mean over all places and times."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.trunk = ClipTrunk(width)
         self.read = nn.Linear(8 * width, sum(len(values) for _, values in ANSWERS))
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
         """clips: (B, 3, F, H, W) in [−1, 1]. Returns logits (B, k) per answer."""
-        seen = self.clip(self.frames(clips)).flatten(2)
+        seen = self.trunk(clips).flatten(2)
         logits = self.read(torch.cat((seen.amax(2), seen.mean(2)), 1))
         parts = logits.split([len(values) for _, values in ANSWERS], 1)
         return {name: part for (name, _), part in zip(ANSWERS, parts, strict=True)}

@@ -31,6 +31,7 @@ TASKS = {
     "clip": "distill.tasks.clip:ClipTask",
     "text": "distill.tasks.text:TextTask",
     "reward": "distill.tasks.reward:reward_task",
+    "video-reward": "distill.tasks.video_reward:VideoRewardTask",
     "labeller": "distill.tasks.labeller:LabellerTask",
     "motion": "distill.tasks.motion:MotionTask",
     "diffusion": "distill.tasks.diffusion:DiffusionTask",

@@ -19,6 +19,7 @@ from distill.rewards.digits import DigitClassifier
 from distill.rewards.dinov2 import load_dinov2
 from distill.rewards.hpsv2 import load_hpsv2
 from distill.rewards.imagereward import load_imagereward
+from distill.rewards.video import VideoReward
 from distill.rewards.videoalign import load_videoalign
 
 _LOADERS: dict[str, Callable[..., Any]] = {
@@ -41,6 +42,10 @@ def load_reward(name: str | Path) -> Any:
     config = json.loads(path.read_text()) if path.is_file() else {}
     if config.get("kind") == "digit-classifier":
         return DigitClassifier.load(name)
+    if config.get("kind") == "video-reward":
+        return VideoReward.load(name)
     if config.get("model_type") == "clip":
         return ClipReward.load(name)
-    raise ValueError(f"{name} holds no reward; give a folder with a CLIPModel or a digit classifier, or a known name")
+    raise ValueError(
+        f"{name} holds no reward; give a folder with a CLIPModel, a video reward or a digit classifier, or a known name"
+    )

@@ -62,6 +62,12 @@ def scene_facts(scene: Scene) -> list[int]:
     return _classes(named, pairs)
 
 
+def scene_motions(scene: Scene) -> list[int]:
+    """As ``caption_motions``, of what a clip of the scene shows; its things from left to right at the start."""
+    things = [MOTIONS.index(thing.motion) for thing in sorted(scene.things, key=lambda thing: thing.x)]
+    return [*things, *[_NOT_ASKED] * (_PLACES - len(things)), CAMERA_MOTIONS.index(scene.camera)]
+
+
 def _classes(things: Sequence[Mapping[str, str]], pairs: Mapping[tuple[int, int], str | None]) -> list[int]:
     classes = []
     for place in range(_PLACES):

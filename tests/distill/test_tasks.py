@@ -49,6 +49,7 @@ CUTS: dict[str, list[str]] = {
     "scenes-video-vae": ["model={base_dim: 8, latent_channels: 4}", "window=5", *CLIPS],
     "scenes-motion": ["width=8", *CLIPS],
     "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
+    "scenes-video-reward": ["text_encoder=MODELS/scenes-umt5", "width=8", "layers=1", "projection=8", *CLIPS],
     "scenes-wan-teacher": [
         "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2",
         "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}", *CLIPS,
