@@ -37,13 +37,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[playwright.Bro
 @pytest.fixture(params=WIDTHS)
 def page(browser: playwright.Browser, server: Server, request: pytest.FixtureRequest) -> Iterator[playwright.Page]:
     """The loaded page; fails when it logs an error or talks to another host."""
-    width, height = WIDTHS[request.param]
+    yield from open_page(browser, server, request.param)
+
+
+def open_page(browser: playwright.Browser, server: Server, device: str) -> Iterator[playwright.Page]:
+    width, height = WIDTHS[device]
     context = browser.new_context(viewport={"width": width, "height": height})
     context.set_default_timeout(30_000)
     opened = context.new_page()
     troubles: list[str] = []
     opened.on("pageerror", lambda error: troubles.append(str(error)))
-    opened.on("request", lambda sent: sent.url.startswith((server.url, "data:")) or troubles.append(sent.url))
+    ours = (server.url, "data:", "blob:")
+    opened.on("request", lambda sent: sent.url.startswith(ours) or troubles.append(sent.url))
     opened.goto(server.url)
     opened.wait_for_selector(".examples button")
     yield opened
@@ -207,3 +212,84 @@ def test_the_place_in_the_queue_is_shown_and_stop_gives_up(page: playwright.Page
     page.unroute("**/v1/images/generations")
     page.click("#go")
     page.wait_for_selector("figure img")
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WIDTHS)
+def video_page(
+    browser: playwright.Browser, video_server: Server, request: pytest.FixtureRequest
+) -> Iterator[playwright.Page]:
+    """The loaded page with the model of videos chosen."""
+    for opened in open_page(browser, video_server, request.param):
+        opened.select_option("#model", "tiny-wan")
+        yield opened
+
+
+def test_a_video_is_filmed_shown_and_listed(video_page: playwright.Page) -> None:
+    assert video_page.inner_text("#asked") == "Describe a video"
+    assert video_page.locator("#frames input").count() == 3 and video_page.locator("#countbox").is_hidden()
+    video_page.fill("#prompt", "a red sphere rolling")
+    video_page.evaluate(
+        "() => { const shown = watch; window.seen = new Set();"
+        " window.watch = (event, body) => { shown(event, body); if (body?.picture) seen.add(body.picture) } }"
+    )
+    video_page.focus("#prompt")
+    video_page.keyboard.press("Enter")
+    video_page.wait_for_selector("figure video")
+    assert video_page.evaluate("document.querySelector('figure video').getAttribute('aria-label')").startswith(
+        "a red sphere rolling (seed "
+    )
+    while video_page.evaluate("document.querySelector('figure video').readyState") < 2:
+        video_page.wait_for_timeout(50)
+    assert video_page.evaluate("document.querySelector('figure video').videoWidth") == 32
+    assert video_page.evaluate("window.seen.size") > 0, "previews come while it is denoised"
+    first = video_page.locator("#jobs li").first
+    assert "a red sphere rolling" in first.inner_text() and "5 frames" in first.inner_text()
+    first.locator("img").wait_for()
+    assert video_page.locator("#stages li").count() == 5
+    assert video_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    video_page.reload()
+    video_page.select_option("#model", "tiny-wan")
+    video_page.wait_for_selector("#jobs li")
+    with video_page.expect_download() as download:
+        video_page.locator("#jobs li").first.get_by_role("button", name="Save").press("Enter")
+    assert Path(download.value.path()).read_bytes()[4:8] == b"ftyp"
+    count = video_page.locator("#jobs li").count()
+    video_page.locator("#jobs li").first.get_by_role("button", name="Delete").press("Space")
+    playwright.expect(video_page.locator("#jobs li")).to_have_count(count - 1)
+
+
+def test_stop_and_escape_cancel_a_video(video_page: playwright.Page, video_server: Server) -> None:
+    """The page hears nothing of the job, so that it cannot be done before it is stopped."""
+    video_page.route("**/events", lambda route: None)
+    video_page.click("#frames label:last-child")
+    video_page.click("#go")
+    video_page.wait_for_selector("#jobs li progress")
+    cancelled: list[str] = []
+    video_page.on("request", lambda sent: cancelled.append(sent.url) if sent.url.endswith("/cancel") else None)
+    video_page.keyboard.press("Escape")
+    video_page.wait_for_selector("#jobs li progress", state="detached")
+    assert len(cancelled) == 1
+    state = httpx.get(cancelled[0].removesuffix("/cancel")).json()["status"]
+    assert state in ("failed", "completed"), "it may have been done before the stop came"
+    video_page.unroute("**/events")
+
+
+def test_the_commands_for_a_video_make_it(video_page: playwright.Page, tmp_path: Path) -> None:
+    video_page.fill("#prompt", 'it\'s a "red" cube')
+    words = shlex.split(video_page.inner_text("#curl").replace("\\\n", " "))
+    url, body = next(w for w in words if w.startswith("http")), json.loads(words[words.index("-d") + 1])
+    assert httpx.post(url, json=body, timeout=60).content[4:8] == b"ftyp"
+    video_page.click("#as-python")
+    program = "import warnings; warnings.simplefilter('ignore')\n" + video_page.inner_text("#python")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "clip.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_pictures_are_drawn_beside_videos(video_page: playwright.Page) -> None:
+    video_page.select_option("#model", "tiny-sdxl")
+    assert video_page.locator("#videos").is_hidden() and video_page.locator("#framesbox").is_hidden()
+    video_page.click("#go")
+    video_page.wait_for_selector("figure img")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.bundle import Bundle
+from distill.bundle import Bundle, Manifest
 from distill.sampling import noise
 from service.preview import preview, preview_steps
 from service.runtimes import OnnxRuntime
@@ -72,3 +72,9 @@ def test_previews_of_the_shipped_model_come_closer_to_the_picture() -> None:
         picture = runtime.decode(latents)[0].astype(float)
         distances += [np.abs(picture - look).mean() for look in shown[:3]]
     assert distances[2] < 0.8 * min(distances[:2])
+
+
+def test_the_preview_of_a_clip_is_the_frame_in_the_middle(manifest: Manifest) -> None:
+    clip = np.random.default_rng(0).standard_normal((4, 5, 16, 16), dtype=np.float32)
+    expected = preview(clip[:, 2], manifest.preview, (64, 64))
+    np.testing.assert_array_equal(preview(clip, manifest.preview, (64, 64)), expected)

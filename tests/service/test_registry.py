@@ -10,6 +10,7 @@ import pytest
 
 from distill.bundle import Bundle, BundleError, write_manifest
 from service.errors import ApiError
+from service.jobs import StoreError
 from service.registry import Registry, find_bundles
 from service.settings import Settings
 
@@ -99,7 +100,7 @@ def test_models_that_do_not_draw_from_text_are_skipped(tiny_bundle: Path, tmp_pa
     write_manifest(bundle.path, bundle.manifest.model_copy(update={"task": "class-to-image"}))
     registry = Registry(Settings(bundles=tmp_path))
     registry.load()
-    assert "no bundle that draws from text" in registry.reason
+    assert "no bundle that draws or films from text" in registry.reason
 
 
 def test_no_bundles_at_all(tmp_path: Path) -> None:
@@ -107,3 +108,28 @@ def test_no_bundles_at_all(tmp_path: Path) -> None:
         find_bundles(tmp_path)
     with pytest.raises(BundleError, match="is not a folder"):
         find_bundles(tmp_path / "nowhere")
+
+
+def test_a_model_is_found_by_what_it_makes(tiny_bundle: Path, tiny_video_bundle: Path, tmp_path: Path) -> None:
+    for bundle in (tiny_bundle, tiny_video_bundle):
+        (tmp_path / bundle.name).symlink_to(bundle)
+    registry = Registry(Settings(bundles=tmp_path, threads=1, max_batch=1))
+    registry.load()
+    assert registry.state == "ready", registry.reason
+    assert registry.get(None, films=True).name == "tiny-wan" and registry.get(None, films=False).name == "tiny-sdxl"
+    assert registry.get("tiny-wan").films and not registry.get("tiny-sdxl").films
+    for name, films, way in (("tiny-wan", False, "/v1/videos"), ("tiny-sdxl", True, "/v1/images/generations")):
+        with pytest.raises(ApiError, match=way):
+            registry.get(name, films=films)
+    registry.close()
+
+
+def test_what_must_be_done_before_serving_can_fail_it(tiny_bundle: Path) -> None:
+    registry = Registry(Settings(bundles=tiny_bundle, threads=1, max_batch=1))
+
+    def refuse() -> None:
+        raise StoreError("the folder belongs to another")
+
+    registry.load(refuse)
+    assert (registry.state, registry.reason) == ("failed", "the folder belongs to another")
+    registry.close()

@@ -42,8 +42,8 @@ def test_keys_do_not_show_in_logs() -> None:
         ({"LEAPFROG_API_KEY": "x"}, "did you mean LEAPFROG_API_KEYS?"),
         ({"LEAPFROG_MAX_BATCH": "many"}, "LEAPFROG_MAX_BATCH is 'many'"),
         (
-            {"LEAPFROG_RUNTIME": "tensorrt"},
-            "LEAPFROG_RUNTIME is 'tensorrt': input should be 'auto', 'onnx' or 'openvino'",
+            {"LEAPFROG_RUNTIME": "vulkan"},
+            "LEAPFROG_RUNTIME is 'vulkan': input should be 'auto', 'onnx', 'openvino' or 'tensorrt'",
         ),
         ({"LEAPFROG_MAX_N": "0"}, "LEAPFROG_MAX_N is '0'"),
         ({"LEAPFROG_MAX_N": "4", "LEAPFROG_MAX_QUEUE": "2"}, "max_n is 4 and max_queue 2"),

@@ -156,3 +156,13 @@ def test_bfloat16_on_a_processor_without_it_is_refused(tiny_bundle: Path, monkey
     bundle = Bundle.open(tiny_bundle)
     with pytest.raises(RuntimeUnavailable, match=r"neither AMX nor AVX512-BF16; use float32"):
         open_runtime(bundle, threads=1, max_batch=1, precision="bfloat16")
+
+
+def test_clips_equal_those_of_onnx_runtime_piece_by_piece(video_runtime: OnnxRuntime, tiny_video_bundle: Path) -> None:
+    other = OpenVinoRuntime(Bundle.open(tiny_video_bundle), threads=1, max_batch=1)
+    reference, found = (
+        generate(each, each.manifest, [PROMPTS[0]], [3], steps=2, frames=21).astype(int)
+        for each in (video_runtime, other)
+    )
+    assert found.shape == (1, 21, 32, 32, 3)
+    assert np.abs(found - reference).max() <= 1
