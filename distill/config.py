@@ -139,7 +139,7 @@ class VideoVaeModel(Strict):
 
 class VideoVaeRecipe(Base):
     task: Literal["video-vae"]
-    data: SceneData = SceneData(count=2_000, frames=17)
+    data: SceneData = SceneData(count=4_000, frames=17)
     window: int = Field(9, ge=5, description="frames of a clip that one sample sees, 4·n + 1")
     model: VideoVaeModel = VideoVaeModel()
     optimizer: Optimizer
@@ -203,7 +203,7 @@ class VideoRewardRecipe(Base):
     """Preferences between clips: clean against damaged or wrongly captioned ones (Bradley–Terry)."""
 
     task: Literal["video-reward"]
-    data: SceneData = SceneData(count=2_000, frames=17)
+    data: SceneData = SceneData(count=4_000, frames=17)
     text_encoder: str = Field(description="folder of a UMT5 encoder, with its tokenizer in tokenizer/")
     width: int = Field(32, multiple_of=8)
     layers: int = 2
@@ -225,7 +225,7 @@ class MotionRecipe(Base):
     """A network that says what moves in a clip and how, trained on exact labels."""
 
     task: Literal["motion"]
-    data: SceneData = SceneData(count=2_000, frames=17)
+    data: SceneData = SceneData(count=4_000, frames=17)
     width: int = Field(32, multiple_of=4)
     optimizer: Optimizer
 

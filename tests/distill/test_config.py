@@ -53,7 +53,7 @@ def test_every_recipe_of_ours_parses(path: Path) -> None:
 
 
 def test_students_and_their_controls_differ_in_the_method_alone() -> None:
-    for world in ("scenes", "digits"):
+    for world in ("scenes", "digits", "scenes-wan"):
         amd, dmd2 = (load_recipe(RECIPES[0].parent / f"{world}-{method}.yaml") for method in ("amd", "dmd2"))
         method = {"name", "output", "advantage", "adaptation", "sharpening"}
         assert amd.model_dump(exclude=method) == dmd2.model_dump(exclude=method)

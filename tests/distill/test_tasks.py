@@ -54,6 +54,10 @@ CUTS: dict[str, list[str]] = {
         "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2",
         "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}", *CLIPS,
     ],
+    "scenes-wan-dmd2": ["teacher=MODELS/scenes-wan-teacher", *STUDENT, *CLIPS],
+    "scenes-wan-amd": [
+        "teacher=MODELS/scenes-wan-teacher", "advantage.reward=MODELS/scenes-video-reward", *STUDENT, *CLIPS,
+    ],
     "scenes-dmd2": ["teacher=MODELS/scenes-teacher", *STUDENT, *SCENES],
     "scenes-amd": ["teacher=MODELS/scenes-teacher", "advantage.reward=MODELS/scenes-reward", *STUDENT, *SCENES],
     "digits-reward": [],
