@@ -28,20 +28,33 @@ GraphName = Literal["text_encoder", "step", "decoder", "decoder_next"]
 
 
 class SdxlTextEncoder(nn.Module):
-    """SDXL's two text encoders behind one input; both read the same tokens.
+    """SDXL's two text encoders behind one input: the same tokens, filled up to L as each was trained.
 
-    input_ids: (B, L) int64. Returns prompt_embeds (B, L, D1 + D2), the penultimate hidden states side by side, and
-    pooled (B, P), the second encoder's projection of its end token.
+    input_ids: (B, L) int64, filled up with the end token. Returns prompt_embeds (B, L, D1 + D2), the penultimate hidden
+    states side by side, and pooled (B, P), the second encoder's projection of its end token.
+    end, pad: ids of the end token and of what the second encoder is filled up with behind it; published SDXL has "!"
+    there, id 0. pad None: the end token again.
     """
 
-    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
+    def __init__(
+        self, text_encoder: nn.Module, text_encoder_2: nn.Module, *, end: int = 0, pad: int | None = None
+    ) -> None:
         super().__init__()
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.end, self.pad = end, pad
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         first = self.text_encoder(input_ids=input_ids, output_hidden_states=True)
-        second = self.text_encoder_2(input_ids=input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids=self._filled(input_ids), output_hidden_states=True)
         return torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=-1), second.text_embeds
+
+    def _filled(self, ids: Tensor) -> Tensor:
+        """The ids with ``pad`` behind the first of the end tokens that close a row; those within a prompt stay."""
+        if self.pad is None:
+            return ids
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(ids != self.end, places, 0).amax(dim=1, keepdim=True)
+        return torch.where(places > last + 1, self.pad, ids)
 
 
 def affine_step(latents: Tensor, output: Tensor, coefficients: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,8 +340,9 @@ def _sdxl(bundle_dir: Path, manifest: Manifest) -> list[GraphSpec]:
     unet = _load(UNet2DConditionModel, bundle_dir / "unet", torch_dtype=torch.float32)
     vae = _load(AutoencoderKL, bundle_dir / "vae", torch_dtype=torch.float32)
     config = second.config
+    pad = _second_padding(bundle_dir, config.eos_token_id)
     text = text_graph(
-        SdxlTextEncoder(first, second),
+        SdxlTextEncoder(first, second, end=config.eos_token_id, pad=pad),
         manifest,
         vocabulary=config.vocab_size,
         begin=config.bos_token_id,
@@ -337,6 +351,16 @@ def _sdxl(bundle_dir: Path, manifest: Manifest) -> list[GraphSpec]:
     conditioning = {name: tuple(int(side) for side in text.dims[name][1:]) for name in text.outputs}
     step = SdxlStep(unet, manifest.latent_stride, manifest.guidance.scale)
     return [text, step_graph(step, manifest, conditioning), decoder_graph(VaeDecoder(vae), manifest)]
+
+
+def _second_padding(bundle_dir: Path, end: int) -> int | None:
+    """What the second tokenizer fills up with, None where that is the end token or both tokenizers are one."""
+    from transformers import CLIPTokenizer
+
+    if not (bundle_dir / "tokenizer_2").is_dir():
+        return None
+    pad = int(CLIPTokenizer.from_pretrained(bundle_dir / "tokenizer_2").pad_token_id)
+    return None if pad == end else pad
 
 
 def _sit(bundle_dir: Path, manifest: Manifest) -> list[GraphSpec]:
