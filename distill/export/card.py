@@ -68,7 +68,7 @@ def card(manifest: Manifest, usage: str, cost: Cost | None, notes: dict[str, Any
         f"## Use\n\n```python\n{usage.strip()}\n```\n\n{_steps(manifest)}",
         *([f"## About this file\n\n{_list(notes)}"] if notes else []),
         f"## Scores\n\n{_scores(manifest)}",
-        f"## Cost\n\n{_cost(cost)}",
+        f"## Cost\n\n{_cost(cost, manifest.provenance)}",
         f"## Recipe\n\n{_judges(recipe)}\n\n```yaml\n{_yaml(recipe)}```",
         f"## Provenance\n\n{_provenance(manifest)}",
     ]
@@ -125,14 +125,35 @@ def _scores(manifest: Manifest) -> str:
     return "\n".join(lines) + "\n\nA score marked *trained on* was the reward of the training and proves nothing."
 
 
-def _cost(cost: Cost | None) -> str:
+def _cost(cost: Cost | None, provenance: dict[str, Any]) -> str:
+    where = _machine(provenance)
     if cost is None:
-        return "Not recorded: the run's log is not at hand."
+        return "Not recorded: the run's log is not at hand." + (f" It ran on {where}." if where else "")
     roles = ", ".join(f"{role} {count:,.0f}" for role, count in sorted(cost.forwards.items()) if count)
     return (
         f"{cost.iterations:,} iterations in {_duration(cost.seconds)} on the clock, {_duration(cost.cpu_seconds)} of "
-        "processor time in the first process" + (f"; samples that went forward: {roles}." if roles else ".")
+        "processor time in the first process"
+        + (f", on {where}" if where else "")
+        + (f"; samples that went forward: {roles}." if roles else ".")
+        + _gpu_hours(cost, provenance)
     )
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+    """The hardware of a run in words; empty where the bundle does not say."""
+    machine, ranks = provenance.get("machine"), provenance.get("ranks")
+    if not machine or not ranks:
+        return ""
+    gpus = [f"{count} × {name}" for name, count in (machine.get("gpus") or {}).items()]
+    hardware = _words(gpus) if gpus else f"{machine.get('cores')} cores of {machine.get('processor') or 'a processor'}"
+    return f"{ranks} rank{'' if ranks == 1 else 's'}, each node with {hardware}"
+
+
+def _gpu_hours(cost: Cost, provenance: dict[str, Any]) -> str:
+    """A rank has one GPU to itself."""
+    if not (provenance.get("machine") or {}).get("gpus"):
+        return ""
+    return f" That is {cost.seconds / 3600 * provenance['ranks']:.3g} GPU-hours."
 
 
 def _duration(seconds: float) -> str:

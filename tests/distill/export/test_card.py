@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 
 from distill.bundle import Manifest
+from distill.config import load_recipe
 from distill.export.card import Cost, card, read_cost
+from distill.provenance import provenance
 
 RECIPE: dict[str, Any] = {
     "name": "tiny", "teacher": "owner/teacher", "seed": 7, "advantage": {"reward": "hpsv2.1", "group": 4},
@@ -55,6 +60,30 @@ def test_card_holds_steps_recipe_scores_cost_and_origin(manifest: Manifest) -> N
     assert "- code: abc123 with uncommitted changes" in text and "- packages: torch 2" in text
     recipe = text.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe) == RECIPE
+
+
+def test_cost_names_the_machine_and_its_ranks(manifest: Manifest) -> None:
+    cost = Cost(2000, 7200.0, 3000.0, {})
+    plain = tiny(manifest)
+
+    def told(machine: dict[str, Any], ranks: int, cost: Cost | None = cost) -> str:
+        found = plain.provenance | {"machine": machine, "ranks": ranks}
+        return card(plain.model_copy(update={"provenance": found}), "", cost).split("## Cost")[1].split("##")[0]
+
+    gpus = {"gpus": {"NVIDIA H200": 4}, "cores": 64, "processor": "a CPU"}
+    assert "in the first process, on 8 ranks, each node with 4 × NVIDIA H200. That is 16 GPU-hours." in told(gpus, 8)
+    processor = {"gpus": {}, "cores": 2, "processor": "Fast CPU"}
+    assert told(processor, 1).strip().endswith(", on 1 rank, each node with 2 cores of Fast CPU.")
+    assert "is not at hand. It ran on 1 rank" in told(processor, 1, None)
+    assert " on " not in card(plain, "", None).split("## Cost")[1].split("##")[0]
+
+
+def test_this_machine_is_recorded_without_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = provenance(load_recipe(Path(__file__).parents[3] / "recipes" / "digits-amd.yaml"))
+    assert found["ranks"] == 4 and found["machine"]["cores"] == os.cpu_count()
+    assert sum(found["machine"]["gpus"].values()) == torch.cuda.device_count()
+    assert set(found["machine"]) == {"system", "architecture", "processor", "cores", "gpus"}
 
 
 def test_rewards_that_do_not_check_each_other_are_told(manifest: Manifest) -> None:
