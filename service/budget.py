@@ -115,8 +115,14 @@ class Budget:
         return self.step_s(key, cap) / cap
 
     def decode_s(self, key: BatchKey) -> float:
+        """Of one row: measured, in proportion to its latents from another shape of the model, or as long as a step."""
         known = self._curves[key].decode_s
-        return self.step_s(key, 1) if known is None else known
+        if known is not None:
+            return known
+        for other, curve in self._curves.items():
+            if other.model == key.model and curve.decode_s is not None:
+                return curve.decode_s * prod(key.shape) / prod(other.shape)
+        return self.step_s(key, 1)
 
     def text_s(self, model: str) -> float:
         return self._text.get(model, 0.0)

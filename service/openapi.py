@@ -322,7 +322,7 @@ IDEMPOTENCY: Schema = {
     "name": "Idempotency-Key",
     "in": "header",
     "description": "the same key and body give the first answer again",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 240, "pattern": "^[!-~]+$"},
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
 VIDEO = _object(
     id=TEXT,

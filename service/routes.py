@@ -92,7 +92,8 @@ def build(hub: Hub) -> FastAPI:
 PAGE_HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src data: blob:; media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data: blob:; media-src blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
@@ -126,6 +127,7 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "runtime_version": able.version,
             "precision": able.precision,
             "device": able.device,
+            "fallback": able.fallback or None,
             "threads": able.threads,
             "batch_sizes": list(able.batch_sizes),
             "step_ms": list(able.step_ms),

@@ -15,6 +15,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from service.encode import encode
 from service.engine import Engine
 from service.errors import ApiError
 from service.filming import Filming, Made, order_of
-from service.jobs import Job, JobStore, StoreError
+from service.jobs import Job, JobStore, Order, StoreError
 from service.preview import preview
 from service.registry import Model, Registry
 from service.rows import DeadlineExceeded, EngineClosed, OutOfMemory, QueueFull
@@ -43,6 +44,8 @@ SWEEP_S = 30.0
 LET_GO_S = 5.0
 EVENTS = 256
 """Of one job that are kept for those who come back."""
+REMEMBERED = 64
+"""Finished jobs whose events are kept."""
 LEAST_FREE_BYTES = 64 << 20
 """Of the disk, below which no job is taken."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,16 +93,30 @@ class Studio:
         self._lock = threading.RLock()
         self._takes: dict[str, Take] = {}
         """Unfinished jobs by id, in the order of their arrival."""
+        self._remembered: OrderedDict[str, list[Event]] = OrderedDict()
         self._store: JobStore | None = None
+        self._broken = False
+        """Whether there is no store where there should be one."""
         self._closing = threading.Event()
         self._looking = threading.Thread(target=self._look_round, name="studio", daemon=True)
 
     def open(self) -> None:
-        """Open the store if there is a model for videos, or jobs of another day. Raises StoreError."""
-        models = [model for model in self.registry.all() if model.films]
-        if not models and not (self.settings.data / "jobs.db").is_file():
+        """Open the store if there is a model for videos, or jobs of another day.
+
+        A folder that cannot be used leaves a server without video jobs, where it has models for pictures; raises
+        StoreError where it has none.
+        """
+        kinds = {model.films for model in self.registry.all()}
+        if True not in kinds and not (self.settings.data / "jobs.db").is_file():
             return
-        self._store = JobStore(self.settings.data)
+        try:
+            self._store = JobStore(self.settings.data)
+        except StoreError as error:
+            if False not in kinds:
+                raise
+            logger.error("no video jobs are taken: %s", error)
+            self._broken = True
+            return
         waiting = self._store.recover(self._clock())
         for job in waiting:
             self._resume(job)
@@ -128,13 +145,17 @@ class Studio:
 
     @property
     def store(self) -> JobStore:
+        if self._broken:
+            text = "this server cannot keep video jobs, its log says why; POST /v1/videos/sync needs none"
+            raise errors.unavailable(text, "storage_unavailable", retry_after_s=30)
         if self._store is None:
             raise errors.unsupported("model", "this server has no model for videos; see GET /v1/models")
         return self._store
 
     @property
-    def has_store(self) -> bool:
-        return self._store is not None
+    def _empty(self) -> bool:
+        """Whether there can be no job at all."""
+        return self._store is None and not self._broken
 
     # --- what callers do; every one of these may wait for the disk, so call it in a thread ---------------------------
 
@@ -160,10 +181,14 @@ class Studio:
 
     def get(self, job_id: str, owner: str) -> Job:
         """Raises ApiError 404, also for the job of another key."""
-        job = self.store.get(job_id) if self.has_store else None
+        job = None if self._empty else self.store.get(job_id)
         if job is None or job.owner != owner:
             raise ApiError(404, f"there is no video {job_id[:64]!r}", code="not_found", param="video_id")
         return job
+
+    def page(self, owner: str, *, after: str | None, limit: int, order: Order) -> tuple[list[Job], bool]:
+        """Jobs of a key by age, and whether there are more; see JobStore.page."""
+        return ([], False) if self._empty else self.store.page(owner, after=after, limit=limit, order=order)
 
     def cancel(self, job_id: str, owner: str) -> Job:
         """Fail a job with the code "cancelled"; a finished one stays as it is."""
@@ -183,6 +208,13 @@ class Studio:
         """What is known of an unfinished job beyond the store."""
         with self._lock:
             return self._takes.get(job_id)
+
+    def events(self, job_id: str, after: int) -> list[Event]:
+        """What happened to a job since the event of that number, as far as it is remembered."""
+        with self._lock:
+            take = self._takes.get(job_id)
+            events = take.events if take is not None else self._remembered.get(job_id, [])
+        return [event for event in events if event.id > after]
 
     def outlook(self, take: Take) -> tuple[int, float]:
         """(jobs and rows before it, seconds until it is done)."""
@@ -319,9 +351,18 @@ class Studio:
             return  # it stays in the store, for the next start
         elif not isinstance(error, CancelledError):
             self._failed(take, error)
-        with self._lock:
-            self._takes.pop(take.job.id, None)
+        self._forget(take.job.id)
         self._feed()
+
+    def _forget(self, job_id: str) -> Take | None:
+        """A job is finished: only its events are kept for a while."""
+        with self._lock:
+            take = self._takes.pop(job_id, None)
+            if take is not None:
+                self._remembered[job_id] = take.events
+                while len(self._remembered) > REMEMBERED:
+                    self._remembered.popitem(last=False)
+        return take
 
     def _made(self, take: Take, made: Made) -> None:
         job, store, row = take.job, self.store, made.row
@@ -359,8 +400,7 @@ class Studio:
 
     def _drop(self, job_id: str) -> Take | None:
         """Give up a job that somebody cancelled or deleted."""
-        with self._lock:
-            take = self._takes.pop(job_id, None)
+        take = self._forget(job_id)
         if take is not None:
             metrics.VIDEOS.labels(take.model.name, "cancelled").inc()
             if take.filming is not None:

@@ -150,7 +150,7 @@ async def create_job(hub: Hub, request: Request) -> Response:
 
         if key is None:
             return await work(request.is_disconnected)
-        return await hub.replies.once(owner, f"video {key}", body, work, request.is_disconnected)
+        return await hub.replies.once(f"{owner} videos", key, body, work, request.is_disconnected)
 
 
 async def list_jobs(hub: Hub, request: Request) -> Response:
@@ -167,19 +167,16 @@ async def list_jobs(hub: Hub, request: Request) -> Response:
     if order not in ("asc", "desc"):
         raise invalid("order", f"order is {schemas.shown(order)}; give asc or desc")
     hub.registry.get(None)
-    found: list[Job] = []
-    more = False
-    if hub.studio.has_store:
-        owner = owner_of(request)
-        if after is not None:
-            await ask(hub, hub.studio.get, after, request)
+    owner = owner_of(request)
+    if after is not None:
+        await ask(hub, hub.studio.get, after, request)
 
-        def found_page() -> tuple[list[Job], bool]:
-            way: Order = "asc" if order == "asc" else "desc"
-            return hub.studio.store.page(owner, after=after, limit=int(limit), order=way)
+    def page() -> tuple[list[dict[str, Any]], bool]:
+        way: Order = "asc" if order == "asc" else "desc"
+        found, more = hub.studio.page(owner, after=after, limit=int(limit), order=way)
+        return [describe(hub, job) for job in found], more
 
-        found, more = await asyncio.to_thread(found_page)
-    data = [describe(hub, job) for job in found]
+    data, more = await asyncio.to_thread(page)
     ids = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse({"object": "list", "data": data, **ids, "has_more": more})
 
@@ -262,11 +259,11 @@ async def follow(hub: Hub, job: Job, last: int, request: Request) -> AsyncIterat
     """Server-sent events of a job from the event after ``last`` on, and at the end what became of it."""
     said = told = time.monotonic()
     while not job.finished:
-        take = hub.studio.take(job.id)
-        news = [event for event in take.events if event.id > last] if take is not None else []
+        news = hub.studio.events(job.id, last)
         for event in news:
-            yield _event(event.kind, _about(hub, job, event, take), event.id)
+            yield _told(job, event)
             last, said = event.id, time.monotonic()
+        take = hub.studio.take(job.id)
         if take is not None and not take.begun and time.monotonic() - told > TELL_S:
             position, eta_s = hub.studio.outlook(take)
             yield _event("queued", {"id": job.id, "queue_position": position, "eta_ms": round(eta_s * 1e3, 1)})
@@ -276,19 +273,24 @@ async def follow(hub: Hub, job: Job, last: int, request: Request) -> AsyncIterat
             said = time.monotonic()
         if await request.is_disconnected():
             return
-        if take is None or not news:
+        if not news:
             await asyncio.sleep(WATCH_S)
+        if hub.studio.take(job.id) is not None:
+            continue  # not finished, without a look into the store
         try:
             job = await asyncio.to_thread(hub.studio.get, job.id, job.owner)
         except ApiError as error:
             yield f"event: error\ndata: {json.dumps({'type': 'error', **error.body()})}\n\n"
             return
+    for event in hub.studio.events(job.id, last):
+        yield _told(job, event)
     yield _event(job.status, describe(hub, job))
 
 
-def _about(hub: Hub, job: Job, event: Event, take: Take | None) -> dict[str, Any]:
-    size = f"{take.plan.size[0]}x{take.plan.size[1]}" if take is not None else ""
-    return {"id": job.id, **event.data, **({"size": size} if event.kind == "preview" else {})}
+def _told(job: Job, event: Event) -> str:
+    width, height = job.plan["size"]
+    size = {"size": f"{width}x{height}"} if event.kind == "preview" else {}
+    return _event(event.kind, {"id": job.id, **event.data, **size}, event.id)
 
 
 def _event(kind: str, data: dict[str, Any], number: int | None = None) -> str:

@@ -16,12 +16,14 @@ scores agree.
 
 Shapes. One model is compiled per number of rows and size of picture, with every shape fixed, at the first call that
 needs it: with a free batch a step took 1.3 times (float32) to 1.6 times (bfloat16) as long. Each costs half a second
-and a copy of the weights for a UNet of 4 M parameters. Numbers of rows are those of service.runtimes.graphs.
+and a copy of the weights for a UNet of 4 M parameters; clips of many lengths would fill the memory, so the one that was
+not used for longest leaves for the seventeenth. Numbers of rows are those of service.runtimes.graphs.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from distill.bundle import Bundle, BundleError
 from service.runtimes.base import Conditioning, FixedPrecision, RuntimeUnavailable
 from service.runtimes.graphs import GraphRuntime, graph_engine
 
+MAX_SHAPES = 16
+"""Compiled models that a graph keeps."""
 _HINTS = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
 
@@ -89,7 +93,7 @@ class OpenVinoGraph:
             # Pinned threads of two processes, or of two models in one, would share one core while others idle.
             "ENABLE_CPU_PINNING": False,
         }
-        self._compiled: dict[tuple[tuple[int, ...], ...], Callable[[Conditioning], Any]] = {}
+        self._compiled: OrderedDict[tuple[tuple[int, ...], ...], Callable[[Conditioning], Any]] = OrderedDict()
         try:
             # Read once: a file that changes on the disk later must not become half of what is served.
             self._model = core().read_model(path)
@@ -102,6 +106,9 @@ class OpenVinoGraph:
         key = tuple(shapes[name] for name in sorted(shapes))
         if key not in self._compiled:
             self._compiled[key] = self._specialise(shapes)
+        self._compiled.move_to_end(key)
+        if len(self._compiled) > MAX_SHAPES:
+            self._compiled.popitem(last=False)
         results = self._compiled[key](feed)
         return [results[name] for name in self.outputs]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import importlib
+import importlib.util
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ from tokenizers import Tokenizer
 
 from distill.bundle import Bundle, BundleError
 from service.runtimes.base import Tokens
+
+logger = logging.getLogger(__name__)
 
 
 class ClipTokenizer:
@@ -45,7 +51,7 @@ class ClipTokenizer:
 class T5Tokenizer:
     """T5's prompt form: tokens and the end, padded to a fixed length that a mask tells from the prompt.
 
-    Prompts are cleaned as diffusers' Wan pipeline does it without ftfy: HTML entities twice, then runs of space.
+    Prompts are cleaned as diffusers' Wan pipeline and Wan's own code do it.
     """
 
     def __init__(self, bundle: Bundle, max_tokens: int) -> None:
@@ -74,8 +80,19 @@ class T5Tokenizer:
 
 
 def clean(prompt: str) -> str:
-    """A prompt as Wan reads it."""
+    """A prompt as Wan reads it: broken characters repaired, HTML entities resolved twice, runs of space made one."""
+    prompt = _repair()(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt)).strip()).strip()
+
+
+@functools.cache
+def _repair() -> Callable[[str], str]:
+    """ftfy, which the serve extra brings; without it broken characters stay, and training read them repaired."""
+    if importlib.util.find_spec("ftfy") is None:
+        logger.warning("ftfy is not installed: prompts with broken characters are not repaired as Wan repairs them")
+        return str
+    found: Callable[[str], str] = importlib.import_module("ftfy").fix_text
+    return found
 
 
 def _load(bundle: Bundle) -> tuple[Tokenizer, Path]:

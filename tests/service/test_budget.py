@@ -83,3 +83,17 @@ def test_a_solo_picture_is_text_steps_and_decoding() -> None:
     budget.observe_decode(KEY, 0.007)
     assert budget.solo_s(KEY, 4) == pytest.approx(0.049)
     assert budget.curve(KEY) == {1: pytest.approx(0.010)}
+
+
+def test_the_decoder_of_an_unknown_shape_costs_in_proportion_to_its_latents() -> None:
+    """A clip of a length that nobody asked for before."""
+    budget = Budget()
+    short, long = KEY._replace(shape=(4, 5, 16, 16)), KEY._replace(shape=(4, 10, 16, 16))
+    for key in (short, long):
+        budget.know(key, (1,))
+    budget.observe(short, 1, 0.1)
+    assert budget.decode_s(short) == 0.1, "as long as a step where nothing is known"
+    budget.observe_decode(short, 0.3)
+    assert budget.decode_s(long) == pytest.approx(0.6)
+    budget.observe_decode(long, 0.5)
+    assert budget.decode_s(long) == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +136,7 @@ def test_the_decoder_waits_for_a_slow_encoder(
     filming.start()
     while filming._pieces.qsize() < SLOTS:
         assert not filming.done.done()
+        time.sleep(0.002)
     assert runtime.decoded <= SLOTS + 1
     free.set()
     assert filming.done.result(60)
@@ -149,12 +151,13 @@ def test_a_clip_can_be_given_up_while_it_is_decoded(
     filming.start()
     while model.engine.load()[:2] != (0, 0):
         assert not filming.done.done()
+        time.sleep(0.002)
     filming.cancel()
     runtime.go.set()
     with pytest.raises(CancelledError):
         filming.done.result(60)
     while not filming.let_go:
-        pass
+        time.sleep(0.002)
     assert runtime.decoded < 5
     assert not list(tmp_path.iterdir())
 

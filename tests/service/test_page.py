@@ -217,16 +217,17 @@ def test_the_place_in_the_queue_is_shown_and_stop_gives_up(page: playwright.Page
 # --- videos ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=WIDTHS)
+@pytest.fixture
 def video_page(
     browser: playwright.Browser, video_server: Server, request: pytest.FixtureRequest
 ) -> Iterator[playwright.Page]:
     """The loaded page with the model of videos chosen."""
-    for opened in open_page(browser, video_server, request.param):
+    for opened in open_page(browser, video_server, getattr(request, "param", "phone")):
         opened.select_option("#model", "tiny-wan")
         yield opened
 
 
+@pytest.mark.parametrize("video_page", WIDTHS, indirect=True)
 def test_a_video_is_filmed_shown_and_listed(video_page: playwright.Page) -> None:
     assert video_page.inner_text("#asked") == "Describe a video"
     assert video_page.locator("#frames input").count() == 3 and video_page.locator("#countbox").is_hidden()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from service import video_request
 from service.clips import Clip
 from service.engine import Engine
 from service.errors import ApiError
-from service.jobs import Job, JobStore
+from service.jobs import Job, JobStore, StoreError
 from service.registry import Model, Registry
 from service.runtimes import Conditioning, OnnxRuntime, generate
 from service.runtimes.base import Floats
@@ -303,6 +304,29 @@ def test_without_models_or_jobs_for_videos_no_folder_is_touched(tiny_bundle: Pat
     with pytest.raises(ApiError, match="no model for videos"):
         _ = studio.store
     studio.end()
+
+
+def test_a_folder_that_another_server_has_leaves_pictures(house: House) -> None:
+    other = JobStore(house.data)
+    with pytest.raises(StoreError, match="belongs to a server"):
+        house.open()
+    house.studios.pop()
+    settings = Settings(bundles=house.bundle.path, data=house.data)
+    registry = Registry(settings)
+    registry._models |= {"tiny-wan": house.model, "pictures": replace(house.model, bundle=picture_bundle(house))}
+    studio = Studio(settings, registry)
+    studio.open()
+    for call in (lambda: studio.add(house.model, house.plan(), ""), lambda: studio.get("video_1", "")):
+        with pytest.raises(ApiError, match="its log says why") as error:
+            call()
+        assert (error.value.status, error.value.code) == (503, "storage_unavailable")
+    studio.end()
+    other.close()
+
+
+def picture_bundle(house: House) -> Bundle:
+    """The bundle as if it made pictures."""
+    return replace(house.bundle, manifest=house.bundle.manifest.model_copy(update={"task": "text-to-image"}))
 
 
 def test_unknown_failures_tell_nothing_but_where_to_look() -> None:

@@ -166,3 +166,17 @@ def test_clips_equal_those_of_onnx_runtime_piece_by_piece(video_runtime: OnnxRun
     )
     assert found.shape == (1, 21, 32, 32, 3)
     assert np.abs(found - reference).max() <= 1
+
+
+def test_shapes_that_were_not_used_for_longest_leave(float32: OpenVinoRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_SHAPES", 2)
+    decoder = float32._decoder
+    assert isinstance(decoder, OpenVinoGraph)
+    made: list[int] = []
+    monkeypatch.setattr(
+        decoder, "_specialise", lambda shapes: made.append(shapes["latents"][0]) or (lambda feed: {"image": 0})
+    )
+    monkeypatch.setattr(decoder, "_compiled", type(decoder._compiled)())
+    for rows in (1, 2, 1, 3, 1, 2):
+        decoder.run({"latents": np.zeros((rows, 4, 16, 16), dtype=np.float32)})
+    assert made == [1, 2, 3, 2]
