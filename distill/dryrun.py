@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distill.config import DistillRecipe, RecipeError
 from distill.costs import Cost, count, pass_cost
 from distill.families.load import FAMILIES, options_for, with_grid
 from distill.families.published import configs_of
+from distill.parallel.context import check_sequence
 from distill.reward_names import parse_reward
 
 REWARD_PARAMETERS = {
@@ -101,17 +103,24 @@ class Role:
 
 @dataclass(frozen=True)
 class Pass:
-    """One kind of network call. often: how many there are per sample and iteration, on average."""
+    """One kind of network call. often: how many there are per sample and iteration, on average.
+
+    runs: how often each passes the blocks of a network of the run: forward, again, backward.
+    """
 
     phase: str
     what: str
     operations: float
     often: float
+    runs: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A counted run. kept: bytes that a sample keeps for the backward pass; unit: parameters of the largest block."""
+    """A counted run. kept: bytes that a sample keeps for the backward pass; unit: parameters of the largest block.
+
+    sequence: tokens times width of a sample in a network whose ranks can share it, or 0.
+    """
 
     recipe: DistillRecipe
     machine: Machine
@@ -123,6 +132,7 @@ class Plan:
     kept: float
     blocks: int
     unit: int
+    sequence: int
     missing: tuple[str, ...]
 
     @property
@@ -143,7 +153,7 @@ class Plan:
     def memory(self, role: str) -> dict[str, float]:
         """Bytes on one rank while a role's backward pass runs, by what holds them."""
         r, n = self.recipe, self.shards()
-        working = self.kept * (r.batch_size // r.accumulate)
+        working = self.kept * (r.batch_size // r.accumulate) / r.parallel.context
         trained = next(x for x in self.roles if x.name == role)
         # Under autocast each matrix is copied to bfloat16 for its pass, and the backward pass keeps the copies.
         copies = 2.0 if r.precision == "bfloat16" else 0.0
@@ -154,6 +164,10 @@ class Plan:
             "activations": working,
             "copies": copies * held + (4.0 * self.unit if n > 1 else 0.0),
         }
+
+    def checkpoint(self) -> float:
+        """Bytes of a checkpoint: what is trained, its moments and its average."""
+        return sum(role.trained * (12.0 + 4.0 * role.averaged) for role in self.roles)
 
 
 class _Decoder(nn.Module):
@@ -194,6 +208,11 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
         x = torch.empty(1, *family.latent_shape())
         condition = family.blank(1)
         inputs = family.inputs(x, torch.empty(1), condition)
+    if recipe.parallel.context > 1:
+        try:
+            check_sequence(network, recipe.parallel.context)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
     network.train().requires_grad_(True)
     cost = pass_cost(network, inputs, blocks=family.wrap_plan(), train=True)
     wrapped = [m for m in network.modules() if isinstance(m, family.wrap_plan())]
@@ -211,8 +230,19 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
         half * (cost.checkpointed if recipe.activation_checkpointing else cost.saved),
         len(wrapped),
         max(count(m) for m in wrapped),
+        _sequence(network, x),
         tuple(_missing(recipe, machine or Machine())),
     )
+
+
+def _sequence(network: Any, x: Tensor) -> int:
+    try:
+        check_sequence(network, 1)
+    except ValueError:
+        return 0
+    config = network.config
+    tokens = x[0, 0].numel() // prod(config.patch_size)
+    return int(tokens * config.num_attention_heads * config.attention_head_dim)
 
 
 def _adapter_parameters(recipe: DistillRecipe, network: nn.Module, targets: tuple[str, ...]) -> int:
@@ -258,37 +288,43 @@ def _passes(
     fake = 1.0 if r.ttur == "every" else 1 - student
     again = cost.forward if r.activation_checkpointing else 0.0
     train = cost.forward + cost.backward + again
+    both = 3 if again else 2
     draws = 1.0 if r.reuse_rollout else student + fake
-    yield Pass("roll-out", "student, steps before k", cost.forward, draws * earlier)
-    yield Pass("roll-out", "student, step k without gradient", cost.forward, draws - student)
-    yield Pass("student", "student, forward and backward", train, student)
-    yield Pass("student", "teacher, with and without prompt", cost.forward, student * (3 if r.decoupled else 2))
-    yield Pass("student", "fake score", cost.forward, student)
-    yield Pass("fake", "fake score, forward and backward", train, fake)
+    each = r.parallel.context  # ranks that share a sequence all read its prompt and judge its pictures
+    yield Pass("roll-out", "student, steps before k", cost.forward, draws * earlier, 1)
+    yield Pass("roll-out", "student, step k without gradient", cost.forward, draws - student, 1)
+    yield Pass("student", "student, forward and backward", train, student, both)
+    yield Pass("student", "teacher, with and without prompt", cost.forward, student * (3 if r.decoupled else 2), 1)
+    yield Pass("student", "fake score", cost.forward, student, 1)
+    yield Pass("fake", "fake score, forward and backward", train, fake, both)
     if r.gan:
-        yield Pass("student", "features for the GAN, to its input", train, student)
-        yield Pass("fake", "classification, real and fake", train, 2.0 * fake)
-        yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake)
+        yield Pass("student", "features for the GAN, to its input", train, student, both)
+        yield Pass("fake", "classification, real and fake", train, 2.0 * fake, both)
+        yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake, 1)
     if r.regression:
-        yield Pass("student", "regression, forward and backward", train, student)
+        yield Pass("student", "regression, forward and backward", train, student, both)
     if r.advantage:
         scored = {"always": draws, "student": student, "last-step": draws / max(1.0, 2 * earlier + 1)}
         with torch.device("meta"):
             decode = pass_cost(_Decoder(family), {"latents": x}).forward if family.parts else 0.0
-        yield Pass("reward", "decoder", decode, scored[r.advantage.when] * r.advantage.share)
+        yield Pass("reward", "decoder", decode, each * scored[r.advantage.when] * r.advantage.share)
     encoders = {name: part for name, part in family.parts.items() if name.startswith("text_encoder")}
     if encoders:
         length = getattr(family, "max_tokens", condition["prompt_embeds"].shape[1])
         text = pass_cost(_TextEncoders(encoders, length), {"rows": 1}).forward
-        yield Pass("prompts", "text encoders", text, draws / (r.advantage.group if r.advantage else 1))
+        yield Pass("prompts", "text encoders", text, each * draws / (r.advantage.group if r.advantage else 1))
 
 
 def _missing(recipe: DistillRecipe, machine: Machine) -> Iterator[str]:
     """Inputs that are not on this machine, and terms that are not counted."""
     if not Path(recipe.teacher).is_dir():
         yield f"the weights of {recipe.teacher} are not in a folder here: counted from the published configs"
-    if recipe.accumulate % machine.gpus:
-        yield f"{recipe.accumulate} micro-batches do not divide among {machine.gpus} GPUs: change accumulate or gpus"
+    if machine.gpus % recipe.parallel.context or recipe.accumulate * recipe.parallel.context % machine.gpus:
+        shared = f" of which {recipe.parallel.context} share a sample" if recipe.parallel.context > 1 else ""
+        yield (
+            f"{recipe.accumulate} micro-batches do not divide among {machine.gpus} GPUs{shared}: "
+            "change accumulate or gpus"
+        )
     if recipe.regression:
         pairs, steps = recipe.regression.pairs, recipe.regression.steps
         calls = 2 * pairs * steps
@@ -332,6 +368,8 @@ def table(plan: Plan) -> Iterator[str]:
     yield ""
     shards, strategy = plan.shards(), r.parallel.strategy
     held = f"shards over {shards} ranks" if shards > 1 else "whole copies"
+    if r.parallel.context > 1:
+        held += f", {r.parallel.context} ranks share a sample"
     yield f"{strategy} on {m.gpus} GPUs: {held}; {plan.blocks} blocks, the largest of {plan.unit:,} parameters"
     yield f"{'GiB on one GPU':<28}{'at rest':>10}{'gradients':>11}{'activations':>13}{'copies':>9}{'sum':>9}"
     for phase in ("student", "fake"):
@@ -345,6 +383,8 @@ def table(plan: Plan) -> Iterator[str]:
             )
             + fits
         )
+    saved = _gib(plan.checkpoint())
+    yield f"a checkpoint has {saved:.1f} GiB, and takes {saved / m.gpus:.1f} GiB of each rank's host memory"
     yield ""
     hours = plan.gpu_hours
     seconds = hours * 3600 / m.gpus / r.iterations

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
+from distill.parallel.context import context_groups, share_sequence
 from distill.parallel.device import device, prepare
 from distill.parallel.mean import Average
 from distill.parallel.saver import Saver
@@ -40,6 +41,10 @@ from distill.telemetry.sink import Sink, Total, Value, fetched, on_host
 
 log = logging.getLogger(__name__)
 Telemetry = Mapping[str, Value]
+
+
+PER_RANK = ("cpu_seconds/", "peak_gib")
+"""Beginnings of what ranks that share their micro-batches each tell of themselves."""
 
 
 class TrainingError(RuntimeError):
@@ -123,7 +128,8 @@ class Trainer:
         self.quiet = quiet or not self.world.leader
         self.iteration = 0
         try:
-            self.micros = self.world.micros(self.recipe.accumulate)
+            self.context = self.recipe.parallel.context if self.world.size > 1 else 1
+            self.micros = self.world.micros(self.recipe.accumulate, self.context)
             self._place()
         except ValueError as error:
             raise TrainingError(f"{self.recipe.name}: {error}") from None
@@ -133,15 +139,18 @@ class Trainer:
         self._stop: int | None = None
 
     def _place(self) -> None:
-        """Shard the task's networks, or hold them whole; all ranks start from rank 0's values."""
-        self.sharded, self._networks, mesh = False, list[nn.Module](), None
+        """Shard the task's networks, or hold them whole, and let ranks share sequences; all start from rank 0's values.
+
+        joint: whether it takes several ranks to run a network.
+        """
+        self.joint, self._networks, mesh = False, list[nn.Module](), None
         if self.world.size == 1:
             return
         networks = self._networks = self.task.networks() if isinstance(self.task, Shardable) else []
         if self.recipe.parallel.strategy != "ddp":
             if not isinstance(self.task, Shardable):
                 raise ValueError(f"task {self.recipe.task} holds its networks whole; use parallel.strategy=ddp")
-            mesh, self.sharded = mesh_of(self.recipe.parallel, self.world.size), True
+            mesh, self.joint = mesh_of(self.recipe.parallel, self.world.size), True
         for network in networks:
             with kept_ties(network, self.task.roles.values()):
                 if mesh is None:
@@ -151,6 +160,12 @@ class Trainer:
                     shard(network, self.task.blocks(), mesh, self.recipe.precision)
         for module in self.task.roles.values():
             materialise(module)
+        if self.context > 1:
+            if not networks:
+                raise ValueError(f"task {self.recipe.task} has no sequence to share; use parallel.context=1")
+            groups, self.joint = context_groups(self.context), True
+            for network in networks:
+                share_sequence(network, groups)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -173,7 +188,7 @@ class Trainer:
                 last = self.iteration == recipe.iterations
                 if self.iteration % recipe.log_every == 0 or last:
                     sink.add(self._peak())
-                    sink.values = _merged(self.world.gather(on_host(sink.values)))
+                    sink.values = _merged(self.world.gather(on_host(sink.values)), self.context)
                     bar.set_postfix(sink.flush(self.iteration, recipe.batch_size))
                 if (self.iteration % recipe.preview_every == 0 or last) and self._joins:
                     with self.averaged():
@@ -198,8 +213,8 @@ class Trainer:
 
     @property
     def _joins(self) -> bool:
-        """Whether this rank takes part in previews, probes and results: sharded networks need all ranks to run."""
-        return self.world.leader or self.sharded
+        """Whether this rank takes part in previews, probes and results: it does if networks need it to run."""
+        return self.world.leader or self.joint
 
     def _probes(self) -> bool:
         every = self.task.probe_every if isinstance(self.task, Probed) else None
@@ -222,9 +237,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def _probe_folder(self) -> Iterator[Path]:
-        """The run's own for the leader, a copy of its present state for the other ranks of a sharded probe."""
+        """The run's own for the leader, a copy of its present state for the other ranks of a joint probe."""
         folder = self.folder / "probes"
-        if not self.sharded:
+        if not self.joint:
             yield folder
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -488,7 +503,11 @@ class _Kept:
         pass
 
 
-def _merged(told: Sequence[Mapping[str, list[Value]]]) -> dict[str, list[Value]]:
-    """The values of all ranks in the order of ranks, which is that of micro-batches."""
-    names = dict.fromkeys(name for values in told for name in values)
-    return {name: [value for values in told for value in values.get(name, ())] for name in names}
+def _merged(told: Sequence[Mapping[str, list[Value]]], context: int) -> dict[str, list[Value]]:
+    """The values of all ranks in their order, which is that of micro-batches; ranks that share some say them once."""
+    heard = [
+        {n: v for n, v in values.items() if rank % context == 0 or n.startswith(PER_RANK)}
+        for rank, values in enumerate(told)
+    ]
+    names = dict.fromkeys(name for values in heard for name in values)
+    return {name: [value for values in heard for value in values.get(name, ())] for name in names}

@@ -42,6 +42,7 @@ from distill.families.parts import (
 from distill.families.schedulers import flow, read_config
 from distill.families.taps import tapped
 from distill.math import convert
+from distill.parallel.context import whole_sequence
 from distill.sampling import Flow
 from distill.tasks.common import freeze, save_half
 
@@ -182,6 +183,7 @@ class Wan(Parts):
         with tapped({"mid": blocks[len(blocks) // 2]} if taps else {}, taps) as tokens:
             output = network(**self.inputs(x_t, t, condition), return_dict=False)[0]
         across = x_t.shape[-1] // network.config.patch_size[2] if taps else 0
+        tokens = {name: whole_sequence(network, f) for name, f in tokens.items()}
         features = {name: f.transpose(1, 2).unflatten(2, (-1, across)) for name, f in tokens.items()}
         alpha, sigma = coefficients(self.schedule, t)
         return Prediction(*convert(self.prediction, x_t, output, alpha, sigma), features=features)

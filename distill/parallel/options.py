@@ -17,6 +17,8 @@ class Parallel(Strict):
     )
     replicas: int = Field(1, ge=1, description="hsdp: groups that hold a whole copy each, such as one per machine")
 
+    context: int = Field(1, ge=1, description="ranks that share the tokens of one sample; for the wan family")
+
     @model_validator(mode="after")
     def _coherent(self) -> Parallel:
         if self.replicas > 1 and self.strategy != "hsdp":

@@ -8,7 +8,12 @@ pass (2 bytes per parameter under bfloat16), and its gradients are scattered in 
     t = (n − 1)·latency + (n − 1)/n·bytes / NVLink        on one machine, and besides, through all its adapters at once,
     t = (n − m)/n·bytes / (m·network)                     into a machine of m GPUs.
 
-Copies sum their gradients, or their shards of them, once per step: 2·(n − 1)/n·4P bytes. Bandwidths and latency are
+Copies sum their gradients, or their shards of them, once per step: 2·(n − 1)/n·4P bytes. Ranks that share a sample of S
+tokens of width D exchange in each block and pass queries and keys (4 bytes each), values and results (2 in bfloat16):
+
+    (N − 1)/N · (4 + 4 + 2 + 2) · S·D/N bytes per rank.
+
+Bandwidths and latency are
 assumptions that can be changed; nothing here was measured. Memory and operations are those of a dry run.
 """
 
@@ -50,12 +55,16 @@ class Links:
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank does per iteration of ``micros`` micro-batches: bytes, seconds of talking and of computing."""
+    """What one rank does per iteration of ``micros`` micro-batches: bytes, seconds of talking and of computing.
+
+    exchanged: with the ranks that share its samples.
+    """
 
     micros: int
     memory: float
     gathered: float
     reduced: float
+    exchanged: float
     talking: float
     computing: float
 
@@ -80,7 +89,8 @@ def passes(recipe: DistillRecipe) -> tuple[float, float]:
 def load(counted: Plan, gpus: int, strategy: str, links: Links) -> Load:
     """One rank's part under a strategy; hsdp has a copy per machine. Collectives are counted block by block.
 
-    A rank has one micro-batch at least: beyond ``accumulate`` ranks the batch has to grow with them.
+    A rank, or a group of them that share samples, has one micro-batch at least: with more than ``accumulate`` of them
+    the batch has to grow.
     """
     machines = max(1, gpus // links.machine)
     replicas = {"ddp": 1, "fsdp": 1, "hsdp": machines}[strategy]
@@ -90,7 +100,8 @@ def load(counted: Plan, gpus: int, strategy: str, links: Links) -> Load:
     sharded = strategy != "ddp"
     roles = tuple(replace(r, sharded=sharded and r.name in ("teacher", "student", "fake")) for r in counted.roles)
     there = replace(counted, recipe=recipe, roles=roles, machine=replace(counted.machine, gpus=gpus))
-    ranks, micros = there.shards(), -(-recipe.accumulate // gpus)
+    context = recipe.parallel.context
+    ranks, micros = there.shards(), -(-recipe.accumulate * context // gpus)
     gathers, reduces = passes(recipe)
     network = max(role.parameters for role in roles if role.name in ("teacher", "student", "fake"))
     trained = sum(role.trained for role in roles) / 2
@@ -105,24 +116,43 @@ def load(counted: Plan, gpus: int, strategy: str, links: Links) -> Load:
     else:
         reduced = reduces * 4 * trained
         seconds += reduces * 2 * links.ring(4 * trained, gpus)
+    exchanged, waiting = exchanges(counted, micros, links)
     peak = counted.machine.tflops * 1e12 * counted.machine.mfu
     memory = max(sum(there.memory(role).values()) for role in ("student", "fake"))
-    return Load(micros, memory, gathered, reduced, seconds, micros * counted.operations / recipe.accumulate / peak)
+    computing = micros * counted.operations / recipe.accumulate / context / peak
+    return Load(micros, memory, gathered, reduced, exchanged, seconds + waiting, computing)
+
+
+def exchanges(counted: Plan, micros: int, links: Links) -> tuple[float, float]:
+    """(Bytes, seconds) in which one of N ranks exchanges heads and tokens of ``micros`` micro-batches with the rest."""
+    recipe = counted.recipe
+    ranks = recipe.parallel.context
+    if ranks == 1:
+        return 0.0, 0.0
+    blocks = micros * counted.blocks * sum(p.often * p.runs for p in counted.passes)
+    samples = recipe.batch_size // recipe.accumulate
+    values = 2 if recipe.precision == "bfloat16" else 4
+    size = (ranks - 1) / ranks * (8 + 2 * values) * samples * counted.sequence / ranks
+    speed = (links.nvlink if ranks <= links.machine else links.network) * 1e9
+    return blocks * size, blocks * (4 * (ranks - 1) * links.latency + size / speed)
 
 
 def table(recipe: DistillRecipe, gpus: list[int], links: Links, machine: Machine) -> Iterator[str]:
     """Rows of a Markdown table: strategies × numbers of GPUs."""
     counted = plan(recipe, machine)
-    yield "| GPUs | strategy | batch | GiB per GPU | GB gathered | GB reduced | s talking | s computing |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield (
+        "| GPUs | strategy | batch | GiB per GPU | GB gathered | GB reduced | GB exchanged | s talking | s computing |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for number in gpus:
         for strategy in ("ddp", "fsdp", "hsdp"):
             one = load(counted, number, strategy, links)
-            batch = one.micros * number * recipe.batch_size // recipe.accumulate
+            groups = number // recipe.parallel.context
+            batch = one.micros * groups * recipe.batch_size // recipe.accumulate
             full = "" if one.memory < 0.9 * machine.gib * 2**30 else " (too much)"
             yield (
                 f"| {number} | {strategy} | {batch} | {one.memory / 2**30:.1f}{full} | {one.gathered / 1e9:.1f} | "
-                f"{one.reduced / 1e9:.1f} | {one.talking:.2f} | {one.computing:.2f} |"
+                f"{one.reduced / 1e9:.1f} | {one.exchanged / 1e9:.1f} | {one.talking:.2f} | {one.computing:.2f} |"
             )
 
 

@@ -32,15 +32,24 @@ class World:
         """Whether this rank writes logs, previews and results."""
         return self.rank == 0
 
-    def micros(self, accumulate: int) -> range:
-        """The micro-batches of this rank, in order. Raises ValueError if they cannot be shared evenly."""
-        if accumulate % self.size:
+    def micros(self, accumulate: int, context: int = 1) -> range:
+        """The micro-batches of this rank, in order; ``context`` consecutive ranks share theirs.
+
+        Raises ValueError if they cannot be shared evenly.
+        """
+        if self.size % context:
             raise ValueError(
-                f"accumulate is {accumulate}, the micro-batches of a step over all ranks, and there are {self.size} "
-                f"ranks; use a multiple of {self.size}, such as accumulate={-(-accumulate // self.size) * self.size}"
+                f"parallel.context is {context} for {self.size} ranks; use a divisor of {self.size}, or other ranks"
             )
-        share = accumulate // self.size
-        return range(self.rank * share, (self.rank + 1) * share)
+        groups = self.size // context
+        if accumulate % groups:
+            each = f"{groups} groups of {context} ranks" if context > 1 else f"{groups} ranks"
+            raise ValueError(
+                f"accumulate is {accumulate}, the micro-batches of a step over all ranks, and there are {each}; "
+                f"use a multiple of {groups}, such as accumulate={-(-accumulate // groups) * groups}"
+            )
+        share, group = accumulate // groups, self.rank // context
+        return range(group * share, (group + 1) * share)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gave, in the order of ranks; values are pickled, so tensors should lie on the CPU."""

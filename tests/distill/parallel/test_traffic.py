@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from distill.dryrun import Machine, plan
+from distill.config import DistillRecipe, load_recipe
+from distill.dryrun import Machine, _missing, plan
 from distill.parallel.traffic import Links, load, passes, table
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_ring_passes_all_but_its_own_part() -> None:
@@ -60,3 +64,22 @@ def test_copies_on_each_machine_talk_less_than_one_copy_over_all(jobs: Any, mode
     assert groups.talking < shards.talking and groups.gathered == shards.gathered > whole.gathered == 0
     assert shards.memory < groups.memory < whole.memory
     assert whole.computing == shards.computing == groups.computing
+
+
+def test_ranks_that_share_a_sample_hold_a_part_of_it_and_exchange_the_rest() -> None:
+    """Wan-1.3B by four: a quarter of activations and operations, and what arithmetic says is sent."""
+    recipe = load_recipe(ROOT / "recipes/wan-1.3b-amd-4step.yaml")
+    one = plan(recipe, Machine())
+    four = replace(one, recipe=_context(recipe, 4))
+    assert one.sequence == 21 * 30 * 52 * 1536
+    assert four.memory("fake")["activations"] == pytest.approx(one.memory("fake")["activations"] / 4)
+    alone, parted = (load(counted, 8, "fsdp", Links()) for counted in (one, four))
+    assert alone.exchanged == 0 and parted.memory < alone.memory and parted.talking > alone.talking
+    assert (alone.micros, parted.micros) == (2, 8) and parted.computing == pytest.approx(alone.computing)
+    runs = sum(p.often * p.runs for p in one.passes)
+    assert parted.exchanged == pytest.approx(8 * 30 * runs * 3 / 4 * 12 * 4 * one.sequence / 4)
+    assert any("8 GPUs of which 3 share a sample" in line for line in _missing(_context(recipe, 3), Machine()))
+
+
+def _context(recipe: DistillRecipe, ranks: int) -> DistillRecipe:
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"context": ranks})})

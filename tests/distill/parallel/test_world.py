@@ -30,6 +30,15 @@ def test_micro_batches_that_cannot_be_shared_are_refused_with_the_next_number_th
         World(0, 4).micros(6)
 
 
+def test_ranks_that_share_a_sequence_share_their_micro_batches() -> None:
+    shares = [World(rank, 6).micros(6, context=2) for rank in range(6)]
+    assert shares == [range(0, 2), range(0, 2), range(2, 4), range(2, 4), range(4, 6), range(4, 6)]
+    with pytest.raises(ValueError, match=r"parallel.context is 4 for 6 ranks; use a divisor of 6"):
+        World(0, 6).micros(6, context=4)
+    with pytest.raises(ValueError, match=r"there are 3 groups of 2 ranks; use a multiple of 3, such as accumulate=6"):
+        World(0, 6).micros(4, context=2)
+
+
 def test_one_process_is_a_world_of_one_that_talks_to_nobody() -> None:
     assert world() == World(0, 1) and not dist.is_initialized()
     alone = World()
@@ -58,6 +67,7 @@ def agreement() -> tuple[list[int], int, str]:
         ({"parallel": {"replicas": 2}}, "replicas is 2 under strategy ddp; use strategy: hsdp"),
         ({"parallel": {"strategy": "fsdp"}, "regression": {}}, "regression makes its pairs .* use .*strategy: ddp"),
         ({"parallel": {"strategy": "fsdp"}, "gan": {"r1": 1.0}}, "gan.r1_form exact needs a second backward pass"),
+        ({"parallel": {"context": 2}, "gan": {"r1": 1.0}}, "second backward pass; use finite, or ddp without context"),
         ({"adapters": {"base": "bfloat16"}}, "adapters.base bfloat16 computes in bfloat16; use precision: bfloat16"),
         ({"adapters": {}, "step_aware_fake": True}, "step_aware_fake needs a fake score with a network of its own"),
     ],

@@ -1,0 +1,147 @@
+"""Ranks that share a sequence compute what one computes: outputs, gradients, taps, and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from distill.config import Adapters
+from distill.families.wan import Wan
+from distill.parallel.context import Context, _to_heads, _to_tokens, context_groups, share_sequence
+from distill.parallel.gradients import average
+from distill.parallel.world import World
+from distill.roles import adapted, checkpoint_activations
+from distill.sampling import Flow
+
+HEADS, RECIPE = 6, "wan-1.3b-amd-4step"
+
+
+def wan() -> Any:
+    """Six heads; latents of 3 frames of 2 × 10 make 15 tokens, which neither 2 nor 4 divides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WanTransformer3DModel(
+            num_attention_heads=HEADS,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=3,
+            rope_max_seq_len=32,
+        ).double()
+
+
+def family() -> Any:
+    """What prediction needs of it."""
+    made = Wan.__new__(Wan)
+    made.schedule = Flow(5.0)
+    return made
+
+
+def passed(network: Any, taps: bool, *, ranks: int = 1) -> dict[str, Tensor]:
+    """Output, tapped feature, and gradients of a loss that reads them, averaged over ranks; float64."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, 3, 2, 10, generator=rng, dtype=torch.float64).requires_grad_()
+    condition = {"prompt_embeds": torch.randn(2, 5, 8, generator=rng, dtype=torch.float64)}
+    t = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    predicted = family().predict(network, x, t, condition, taps=("mid",) if taps else ())
+    weights = torch.randn(predicted.x0.shape, generator=rng, dtype=torch.float64)
+    loss = (weights * predicted.x0).sum() + sum(f.pow(2).mean() for f in predicted.features.values())
+    loss.backward()
+    parameters = dict(network.named_parameters())
+    average(parameters.values(), World(dist.get_rank(), ranks) if ranks > 1 else World())
+    told = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    features = {f"tap/{name}": f.detach() for name, f in predicted.features.items()}
+    return {"x0": predicted.x0.detach(), "x": x.grad, **features, **told}  # type: ignore[dict-item]
+
+
+def built(kind: str) -> Any:
+    network = wan()
+    if kind == "adapters":
+        held = adapted(network, Adapters(rank=2, alpha=4), family().lora_targets(), 0)
+        for parameter in held.student.parameters():  # B = 0 would hide A's gradient
+            parameter.data = parameter.data.double() + 0.1
+        return held.student
+    if kind == "recomputed":
+        checkpoint_activations(network)
+    return network
+
+
+def parted(kind: str, size: int) -> dict[str, Tensor]:
+    network = built(kind)
+    share_sequence(getattr(network, "base", network), context_groups(size))
+    return passed(network, kind == "taps", ranks=size)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("recomputed", 2), ("adapters", 2), ("taps", 3)])
+def test_a_pass_on_several_ranks_is_that_of_one(ranks: Any, kind: str, size: int) -> None:
+    """Output, and the gradients of every weight and of the input; Wan's norms are float32 in any precision."""
+    alone = passed(built(kind), kind == "taps")
+    for each in ranks(size, parted, kind, size):
+        assert each.keys() == alone.keys() and len(alone) > 10
+        for name, tensor in alone.items():
+            scale = float(tensor.abs().max())
+            assert scale > 0 and torch.allclose(each[name], tensor, rtol=0, atol=2e-6 * scale), name
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [4, 3]])
+def test_heads_and_tokens_are_exchanged_and_returned(ranks: Any, sizes: list[int]) -> None:
+    whole = torch.arange(2 * sum(sizes) * 4.0).reshape(2, sum(sizes), 4)
+    for rank, (heads, back) in enumerate(ranks(2, exchanged, sizes)):
+        assert torch.equal(heads, whole[:, :, 2 * rank : 2 * rank + 2])
+        assert torch.equal(back, whole.split(sizes, dim=1)[rank])
+
+
+def exchanged(sizes: list[int]) -> tuple[Tensor, Tensor]:
+    own = context_groups(2)
+    own.sizes = sizes
+    x = own.part(torch.arange(2 * sum(sizes) * 4.0).reshape(2, sum(sizes), 4))
+    heads = _to_heads(x, own, sizes)
+    return heads, _to_tokens(heads, own, sizes)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    four = Context(None, 4, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"context is 4 for 6 heads of attention; use one of 1, 2, 3, 6$"):
+        share_sequence(wan(), four)
+    with pytest.raises(ValueError, match=r"Linear has no sequence .*; use context: 1, or a teacher of the wan"):
+        share_sequence(torch.nn.Linear(1, 1), four)
+    network = wan()
+    share_sequence(network, Context(None, 3, 0))  # type: ignore[arg-type]
+    inputs = {"timestep": torch.ones(1), "encoder_hidden_states": torch.zeros(1, 2, 8).double()}
+    with pytest.raises(ValueError, match=r"1 tokens for parallel.context = 3 ranks; use fewer"):
+        network(torch.zeros(1, 4, 1, 2, 2).double(), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("size", "more"), [(2, []), (4, ["parallel.strategy=hsdp", "parallel.replicas=2"])], ids=["ddp", "hsdp"]
+)
+def test_amd_trains_a_video_on_ranks_that_share_it_as_on_one(
+    ranks: Any, jobs: Any, alone: tuple[Path, dict[str, Tensor]], tmp_path: Path, size: int, more: list[str]
+) -> None:
+    """Three iterations of the production recipe on tiny networks; four ranks are two copies, and two pairs.
+
+    Moments are gradients here (β₁ = 0): within 5e-5 + 1e-3·|g|. Weights moved by steps of 2e-6: within 1e-7 on average.
+    """
+    folder, state = alone
+    more = ["parallel.strategy=ddp", "parallel.context=2", *more]
+    for each in ranks(size, jobs.rehearse, RECIPE, str(folder / "inputs"), str(tmp_path), more, 3):
+        assert each.keys() == state.keys()
+        for name, tensor in each.items():
+            error = (tensor - state[name]).abs()
+            assert float((error - 1e-3 * state[name].abs()).max()) < 5e-5, name
+            assert not name.startswith("student/model/") or float(error.mean()) < 1e-7, name
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, jobs.rehearse(RECIPE, str(folder / "inputs"), str(folder / "one"), ["parallel.strategy=ddp"], 3)
