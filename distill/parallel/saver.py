@@ -52,6 +52,10 @@ class Saver:
 
         Raises CheckpointError if that one could not be.
         """
+        if self._thread is not None:
+            self._thread.join(LONG)
+            if self._thread.is_alive() and self.world.leader:
+                log.warning("training waits for %s; raise save_every or use a faster disk", self._thread.name)
         self.wait()
         state = self._snapshot.take(share(tensors, self.world))
 
@@ -72,9 +76,6 @@ class Saver:
     def wait(self) -> Path | None:
         """The last checkpoint, once it is written. Raises CheckpointError, once, if it could not be."""
         if self._thread is not None:
-            self._thread.join(LONG)
-            if self._thread.is_alive() and self.world.leader:
-                log.warning("waiting for %s to be written; raise save_every or use a faster disk", self._thread.name)
             self._thread.join()
             self._thread = None
         fault, self._fault = self._fault, None
