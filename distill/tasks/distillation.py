@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distill.bundle import Manifest, Sampler, write_manifest
 from distill.config import DistillRecipe
 from distill.families.base import Condition, coefficients
-from distill.families.load import load_teacher
+from distill.families.load import Teacher, load_teacher
 from distill.math import add_noise, group_advantage, squash
 from distill.objectives.build import hooks_of
 from distill.objectives.dmd import fake_loss, student_loss
@@ -53,11 +53,18 @@ from distill.trainer import Phase, Telemetry, generator, seeded
 class DistillationTask:
     """The roles are the student and the fake score, copies of the teacher at first, and a recipe's discriminator."""
 
-    def __init__(self, recipe: DistillRecipe) -> None:
-        self.recipe = recipe
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        *,
+        teacher: Callable[[DistillRecipe], Teacher] = load_teacher,
+        judge: Callable[[str], Any] = load_reward,
+    ) -> None:
+        """teacher, judge: what loads them; benchmarks make networks without trained weights instead."""
+        self.recipe, self._load_judge = recipe, judge
         self.world = world()
         with hollow(not self.world.leader and recipe.gan is None):  # the head of a GAN is made to measure on a pass
-            self.loaded = load_teacher(recipe)
+            self.loaded = teacher(recipe)
         self.family = self.loaded.family.to(device())
         if recipe.gan or (self.world.leader and not self._in_shards):  # the host holds what is cut, so it need not fit
             self.loaded.network.to(device())
@@ -89,7 +96,7 @@ class DistillationTask:
         return self.world.size > 1 and self.recipe.parallel.strategy != "ddp"
 
     def _judge(self, name: str) -> Any:
-        return judge_for(self.family, load_reward(name).to(device()))
+        return judge_for(self.family, self._load_judge(name).to(device()))
 
     def _roles(self, network: Any) -> Networks:
         """Three networks, or a base with adapters; trained ones compute their blocks again if the recipe says so."""
