@@ -26,6 +26,7 @@ from transformers import T5EncoderModel
 from distill.families.base import Condition
 from distill.families.parts import Parts, Remembered, check_size, decoded, scene_preview, without_float16
 from distill.families.schedulers import flow
+from distill.parallel.device import moved
 from distill.sampling import Flow
 from distill.tasks.common import freeze, save_half
 
@@ -69,11 +70,11 @@ class Mmdit(Parts):
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         ).input_ids
         with without_float16(self.device):
-            return encoder(ids.to(self.device)).last_hidden_state.float()  # type: ignore[no-any-return]
+            return encoder(moved(ids, self.device)).last_hidden_state.float()  # type: ignore[no-any-return]
 
     def _clip_ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         ids: Tensor = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return ids.to(self.device)
+        return moved(ids, self.device)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         width, height = size or self.size

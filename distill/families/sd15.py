@@ -24,6 +24,7 @@ from distill.families.schedulers import PREDICTION_TYPES, discrete, read_config
 from distill.families.stable_diffusion import StableDiffusion
 from distill.families.taps import tapped
 from distill.math import convert
+from distill.parallel.device import moved
 from distill.sampling import ScaledLinear
 from distill.tasks.common import freeze
 
@@ -104,7 +105,7 @@ class Sd15(StableDiffusion):
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The text encoder's last hidden states: prompt_embeds (B, L, D)."""
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {"prompt_embeds": self.text_encoder(input_ids=ids.to(self.device)).last_hidden_state}
+        return {"prompt_embeds": self.text_encoder(input_ids=moved(ids, self.device)).last_hidden_state}
 
     def unconditional(self, n: int) -> Condition:
         return self._empty.rows(self, "", n)

@@ -172,7 +172,7 @@ class Sdxl(StableDiffusion):
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         ids: Tensor = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return ids.to(self.device)
+        return moved(ids, self.device)
 
     def unconditional(self, n: int) -> Condition:
         """Zeros, as SDXL was trained; not the embedding of "", which is another input."""

@@ -22,6 +22,7 @@ from distill.families.parts import Parts, check_size, decoded, explicit_attentio
 from distill.families.schedulers import discrete, flow, is_flow, read_config
 from distill.families.taps import tapped
 from distill.math import convert
+from distill.parallel.device import moved
 from distill.sampling import Flow, ScaledLinear
 from distill.tasks.common import freeze, save_half
 
@@ -119,7 +120,7 @@ class Sit(Parts):
         labels = torch.as_tensor(list(prompts), dtype=torch.int64)
         if len(labels) and (labels.min() < 0 or labels.max() >= self.classes):
             raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}; use 0 to {self.classes - 1}")
-        return {"labels": labels.to(self.device)}
+        return {"labels": moved(labels, self.device)}
 
     def unconditional(self, n: int) -> Condition:
         return {"labels": torch.full((n,), self.classes, dtype=torch.int64, device=self.device)}

@@ -43,6 +43,7 @@ from distill.families.schedulers import flow, read_config
 from distill.families.taps import tapped
 from distill.math import convert
 from distill.parallel.context import whole_sequence
+from distill.parallel.device import moved
 from distill.sampling import Flow
 from distill.tasks.common import freeze, save_half
 
@@ -234,7 +235,7 @@ class Wan(Parts):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents per channel, (1, C, 1, 1, 1)."""
         pair = (self.vae.config.latents_mean, self.vae.config.latents_std)
-        mean, std = (torch.tensor(row, device=like.device, dtype=torch.float32) for row in pair)
+        mean, std = (moved(torch.tensor(row, dtype=torch.float32), like.device) for row in pair)
         return mean.reshape(1, -1, 1, 1, 1), std.reshape(1, -1, 1, 1, 1)
 
     @torch.no_grad()
