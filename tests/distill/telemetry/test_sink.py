@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.telemetry.sink import BINS, Sink, Total, histogram, summary
+from distill.telemetry.sink import BINS, Sink, Some, Total, fetched, histogram, on_host, summary
 
 
 def test_floats_are_averaged_and_totals_summed() -> None:
@@ -33,6 +33,24 @@ def test_values_that_are_not_finite_are_counted_and_left_out_of_means() -> None:
     assert faults == {"a": 1, "b": 1, "c": 1}
     assert numbers["a"] == 2.0 and math.isnan(numbers["b"]) and numbers["c"] == 2.0
     assert histograms["c"] == [2.0, 2.0, [1]] and "b" not in histograms
+
+
+def test_some_tells_the_mean_of_what_it_chooses_and_nothing_where_that_is_nothing() -> None:
+    values = torch.tensor([1.0, 2.0, 6.0])
+    none, two = torch.zeros(3, dtype=torch.bool), values > 1
+    numbers, histograms, faults = summary(
+        {"a": [Some(values, none), Some(values, two), 2.0], "b": [Some(values, none)]}
+    )
+    assert numbers == {"a": 3.0} and histograms == {} and faults == {}
+
+
+def test_what_travels_has_neither_graph_nor_another_place() -> None:
+    x = torch.tensor([1.0, 3.0], requires_grad=True)
+    told = on_host({"a": [x * 2, 0.5], "b": [Some(x * 3, torch.tensor([False, True]))], "c": [Total(2)]})
+    assert torch.equal(told["a"][0], torch.tensor([2.0, 6.0])) and told["a"][1:] == [0.5] and told["c"] == [Total(2)]  # type: ignore[arg-type]
+    assert not any(t.requires_grad for t in (told["a"][0], told["b"][0].values))  # type: ignore[union-attr]
+    assert summary(told)[0] == {"a": pytest.approx(8.5 / 3), "b": 9.0, "c": 2.0}
+    assert fetched([]) == []
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e5])
