@@ -163,7 +163,7 @@ def _run_row(job: Job, workshop: Workshop) -> dict[str, Any]:
 
 
 def _runs_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Cost by clock and variant; paces are those of the machine as it was, with as many runs at once as there were."""
+    """Cost by clock and variant; training's seconds are those of the machine as it was, whatever else it did."""
     lines = ["| variant | clock | finished seeds | iterations | ms per iteration | training, s |", "|" + "---|" * 6]
     for clock, variant in dict.fromkeys((run["clock"], run["variant"]) for run in runs):
         own = [run for run in runs if (run["clock"], run["variant"]) == (clock, variant)]

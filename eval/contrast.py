@@ -156,6 +156,10 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 # --- the figure ----------------------------------------------------------------------------------------------------
 
 
+_ACROSS = 5
+"""Panels beside each other, so that a page shows them at a size that can be read."""
+
+
 def draw(measures: Sequence[Measure], variants: Sequence[str], out: Path) -> None:
     """One panel per clock and metric: each variant's difference from the first, its interval and its seeds."""
     control, *others = variants
@@ -164,17 +168,22 @@ def draw(measures: Sequence[Measure], variants: Sequence[str], out: Path) -> Non
     from matplotlib.figure import Figure
 
     clocks = list(dict.fromkeys(m.clock for m in measures))
-    columns = max(sum(m.clock == clock for m in measures) for clock in clocks)
-    size = (2.2 + 2.9 * columns, 1.2 + (0.7 + 0.42 * len(others)) * len(clocks))
+    rows = [
+        own[i : i + _ACROSS]
+        for clock in clocks
+        if (own := [m for m in measures if m.clock == clock])
+        for i in range(0, len(own), _ACROSS)
+    ]
+    columns = max(map(len, rows))
+    size = (2.2 + 2.9 * columns, 0.6 + (0.7 + 0.28 * len(others)) * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(clocks), columns, squeeze=False, sharey=True)
-    for row, clock in zip(grid, clocks, strict=True):
-        own = [m for m in measures if m.clock == clock]
-        for axes, measure in zip(row, own, strict=False):
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
+    for panels, own in zip(grid, rows, strict=True):
+        for axes, measure in zip(panels, own, strict=False):
             _draw_measure(axes, measure, control, others)
-        for axes in row[len(own) :]:
+        for axes in panels[len(own) :]:
             axes.set_visible(False)
-        row[0].set_ylabel(f"equal {clock}")
+        panels[0].set_ylabel(f"equal {own[0].clock}")
     figure.suptitle(f"Difference from {control}: mean with 95 % interval, a dot per training seed", fontsize=10)
     figure.savefig(out, dpi=110)
 

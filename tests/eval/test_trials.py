@@ -123,6 +123,19 @@ def test_pace_ignores_warm_up_and_interruptions() -> None:
     assert pace(log[:1], recipe) == pytest.approx(0.004) and pace([], recipe) is None
 
 
+def test_pace_is_processor_time_where_a_cpu_did_the_work() -> None:
+    """10 ms of processor time on a machine that gave a third of it; a GPU's host tells nothing of the GPU."""
+    recipe = make_job(
+        comparison(shared={"iterations": 120, "log_every": 50, "steps": [2]}), "AMD", 0, "iterations"
+    ).recipe
+    spent = {50: 0.2, 100: 0.5, 120: 0.2}
+    log = [
+        {"iteration": n, "samples_per_second": recipe.batch_size / 0.030, "cpu_seconds": s} for n, s in spent.items()
+    ]
+    assert pace(log, recipe) == pytest.approx(0.010)
+    assert pace([line | {"peak_gib": 1.0} for line in log], recipe) == pytest.approx(0.030)
+
+
 def pretend_finished(shop: Workshop, job: Any, seconds_per_iteration: float) -> None:
     """What a training leaves that comparisons read: run.json, a bundle's folder and the log."""
     home = shop.home(job)
