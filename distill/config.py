@@ -457,8 +457,6 @@ class DistillRecipe(Base):
             for key in ("shared_teacher", "implicit_alignment", "step_aware_fake"):
                 if getattr(self, key):
                     raise ValueError(f"{key} needs a fake score with a network of its own; drop it or adapters")
-        if self.regression and self.parallel.strategy != "ddp":
-            raise ValueError("regression makes its pairs when a rank first draws them; use parallel.strategy: ddp")
         whole = self.parallel.strategy == "ddp" and self.parallel.context == 1
         if not whole and self.gan and self.gan.r1 and self.gan.r1_form == "exact":
             raise ValueError("gan.r1_form exact needs a second backward pass; use finite, or ddp without context")

@@ -40,6 +40,7 @@ def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: t
                 guidance=recipe.guidance,
                 seed=recipe.seed,
                 look=load_perception(regression.features) if regression.features else None,
+                context=recipe.parallel.context,
             )
         )
     if gan := recipe.gan:

@@ -26,6 +26,7 @@ OBJECTIVES = {
     "own weights": [
         "gan={r1: 0.1, r1_form: finite}", "divergence={}", "shared_teacher={}", "implicit_alignment={}",
         "step_aware_fake=true", "activation_checkpointing=true", "first_step_anchor={}",
+        "regression={pairs: 40, steps: 2}",
     ],
 }  # fmt: skip
 

@@ -65,7 +65,6 @@ def agreement() -> tuple[list[int], int, str]:
     ("changes", "message"),
     [
         ({"parallel": {"replicas": 2}}, "replicas is 2 under strategy ddp; use strategy: hsdp"),
-        ({"parallel": {"strategy": "fsdp"}, "regression": {}}, "regression makes its pairs .* use .*strategy: ddp"),
         ({"parallel": {"strategy": "fsdp"}, "gan": {"r1": 1.0}}, "gan.r1_form exact needs a second backward pass"),
         ({"parallel": {"context": 2}, "gan": {"r1": 1.0}}, "second backward pass; use finite, or ddp without context"),
         ({"adapters": {"base": "bfloat16"}}, "adapters.base bfloat16 computes in bfloat16; use precision: bfloat16"),
