@@ -1,8 +1,11 @@
 """Runtimes: what computes a bundle's graphs. Nothing else in the service knows which one runs."""
 
+import logging
+from dataclasses import replace
 from typing import get_args
 
 from distill.bundle import Bundle
+from distill.engines.tensorrt import EngineRefused
 from service.runtimes.base import (
     Capabilities,
     Conditioning,
@@ -15,7 +18,10 @@ from service.runtimes.base import (
     Tokens,
     generate,
 )
-from service.runtimes.onnx import OnnxRuntime
+from service.runtimes.graphs import GraphRuntime
+from service.runtimes.onnx import OnnxRuntime, has_gpu_provider
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Capabilities",
@@ -42,32 +48,65 @@ def open_runtime(
 ) -> Runtime:
     """A bundle on the runtime that ``choose`` names, warmed up.
 
-    Raises RuntimeUnavailable for a choice that this machine cannot serve, BundleError for a bundle without the graphs.
+    TensorRT is for engines of this very machine: where the bundle has none, or there is no GPU, another runtime is
+    taken and its capabilities tell why. Raises RuntimeUnavailable for a choice that this machine cannot serve,
+    BundleError for a bundle without the graphs.
     """
     name, fixed = choose(runtime, precision)
+    if name == "tensorrt":
+        from service.runtimes.tensorrt import TensorRtRuntime
+
+        try:
+            return TensorRtRuntime(bundle, threads=threads, max_batch=max_batch, precision=fixed)
+        except EngineRefused as error:
+            reason = str(error)
+        name, fixed = _instead_of_tensorrt(precision)
+        logger.warning("%s: %s in %s instead of tensorrt: %s", bundle.manifest.name, name, fixed, reason)
+        taken = _open(bundle, name, fixed, threads, max_batch)
+        taken.capabilities = replace(taken.capabilities, fallback=f"tensorrt was asked for: {reason}")
+        return taken
+    return _open(bundle, name, fixed, threads, max_batch)
+
+
+def _open(bundle: Bundle, name: RuntimeName, precision: FixedPrecision, threads: int, max_batch: int) -> GraphRuntime:
     if name == "onnx":
-        return OnnxRuntime(bundle, threads=threads, max_batch=max_batch)
+        return OnnxRuntime(bundle, threads=threads, max_batch=max_batch, precision=precision)
     from service.runtimes.openvino import OpenVinoRuntime
 
-    return OpenVinoRuntime(bundle, threads=threads, max_batch=max_batch, precision=fixed)
+    return OpenVinoRuntime(bundle, threads=threads, max_batch=max_batch, precision=precision)
+
+
+def _instead_of_tensorrt(precision: Precision) -> tuple[RuntimeName, FixedPrecision]:
+    """What "auto" is in this precision, or in float32 where only TensorRT has it."""
+    try:
+        return choose("auto", precision)
+    except RuntimeUnavailable:
+        return choose("auto", "float32")
 
 
 def choose(runtime: str, precision: str) -> tuple[RuntimeName, FixedPrecision]:
     """What "auto" means on this machine; no timing enters, so that the same machine always makes the same pictures.
 
     precision "auto" is bfloat16 where OpenVINO may be used, is installed and the processor multiplies in bfloat16, else
-    float32. runtime "auto" is OpenVINO for bfloat16, which nothing else has, and ONNX Runtime for float32, where the
-    two are about as fast; see benchmarks/results/inference.json.
+    float32. runtime "auto" is OpenVINO for bfloat16, which nothing else has, and ONNX Runtime for all others: in
+    float32 the two are about as fast; see benchmarks/results/inference.json. float16 is for GPUs, int8 for bundles that
+    have it. TensorRT is taken only by name: which of its engines fit is for each bundle to say.
     """
     for what, value, known in (("runtime", runtime, RuntimeChoice), ("precision", precision, Precision)):
         if value not in get_args(known):
             raise RuntimeUnavailable(f"{what} is {value!r}; use one of {', '.join(get_args(known))}")
+    if runtime == "tensorrt":
+        return "tensorrt", _fixed("float32" if precision == "auto" else precision)
     if runtime == "onnx" and precision == "bfloat16":
         raise RuntimeUnavailable(
             "precision is bfloat16 and ONNX Runtime has none on the CPU; use float32, or the runtime openvino"
         )
-    if runtime == "onnx" or (runtime == "auto" and precision == "float32"):
-        return "onnx", "float32"
+    if precision == "float16" and (runtime == "openvino" or not has_gpu_provider()):
+        raise RuntimeUnavailable(
+            "precision is float16, which is for GPUs; use float32, or onnxruntime-gpu or the runtime tensorrt"
+        )
+    if runtime == "onnx" or (runtime == "auto" and precision in ("float32", "float16", "int8")):
+        return "onnx", _fixed("float32" if precision == "auto" else precision)
     installed = _openvino_is_installed()
     if precision == "auto":
         precision = "bfloat16" if installed and _has_bfloat16() else "float32"
@@ -76,7 +115,11 @@ def choose(runtime: str, precision: str) -> tuple[RuntimeName, FixedPrecision]:
     if not installed:
         asked = "runtime is openvino" if runtime == "openvino" else "precision is bfloat16"
         raise RuntimeUnavailable(f"{asked} and OpenVINO is not installed; run: pip install 'leapfrog[openvino]'")
-    return "openvino", "bfloat16" if precision == "bfloat16" else "float32"
+    return "openvino", _fixed(precision)
+
+
+def _fixed(precision: str) -> FixedPrecision:
+    return next(known for known in get_args(FixedPrecision) if known == precision)
 
 
 def _openvino_is_installed() -> bool:
