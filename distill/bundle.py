@@ -83,7 +83,10 @@ class Engine(_Strict):
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
     parity: dict[str, float] = Field(description="the worst of each number; empty for what was built, not executed")
-    status: Literal["verified", "built"] = Field(default="verified", description="built: never executed")
+    kept: tuple[str, ...] = Field(default=(), description="parts in float32 although precision is another")
+    status: Literal["verified", "built", "candidate"] = Field(
+        default="verified", description="built: never executed; candidate: for its scores to accept"
+    )
     target: Target | None = Field(default=None, description="None: runs on any machine")
     latency_ms: dict[int, float] = Field(default={}, description="of one call by rows, on the machine of the export")
 

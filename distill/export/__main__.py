@@ -9,6 +9,8 @@ from pathlib import Path
 from distill.bundle import Bundle, BundleError
 
 PUBLISHED = ("diffusers", "lora", "comfyui")
+NEW = ("loop", *PUBLISHED)
+"""What is written outside of the bundle."""
 
 EXAMPLE = (
     "example: python -m distill.export bundles/scenes-sdxl --to onnx\n"
@@ -23,25 +25,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="onnx: compile the student of a bundle, compare every graph and whole pictures with torch, and\n"
         "write the graphs into the bundle; a graph that does not reproduce torch fails the export and nothing is\n"
         "written. tensorrt: build engines from the bundle's ONNX graphs, with --check also run and compare them; an\n"
-        "engine runs on the kind of GPU and the version that it was built for. diffusers, lora, comfyui: write a new\n"
-        "folder for others, with a model card.",
+        "engine runs on the kind of GPU and the version that it was built for. loop: all steps of the student as one\n"
+        "ONNX graph, for offline use. diffusers, lora, comfyui: write a new folder for others, with a model card.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the examples on lines of their own
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle, the one with bundle.json")
-    parser.add_argument("--to", required=True, choices=("onnx", "tensorrt", *PUBLISHED), help="what to write")
+    parser.add_argument("--to", required=True, choices=("onnx", "tensorrt", "loop", *PUBLISHED), help="what to write")
     parser.add_argument("--opset", type=int, default=22, help="onnx: operator set (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        default="float32",
+        help="onnx: of the denoiser and decoder, from the float32 graphs; tensorrt: of the ONNX graphs to build",
+    )
     parser.add_argument("--check", action="store_true", help="tensorrt: run the engines on this machine's GPU")
     parser.add_argument(
         "--rows", type=int, default=8, help="tensorrt: greatest batch of an engine (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="diffusers, lora, comfyui: the new folder")
+    parser.add_argument("--steps", type=int, help="loop: number of steps (default: the bundle's own)")
+    parser.add_argument("--out", type=Path, help="diffusers, lora, comfyui: the new folder; loop: the new file")
     parser.add_argument("--rank", type=int, help="lora: its rank (default: 64); comfyui: a LoRA, not a checkpoint")
     parser.add_argument("--teacher", help="lora: what the student was distilled from (default: as the bundle says)")
     parser.add_argument("--run", type=Path, help="folder of the training run, for its cost (default: runs/NAME)")
     options = parser.parse_args(arguments)
-    if (options.to in PUBLISHED) != (options.out is not None):
-        parser.error(f"--to {options.to} {'needs' if options.to in PUBLISHED else 'takes no'} --out")
+    if (options.to in NEW) != (options.out is not None):
+        parser.error(f"--to {options.to} {'needs' if options.to in NEW else 'takes no'} --out")
+    if options.steps is not None and options.to != "loop":
+        parser.error(f"--steps is for --to loop; --to {options.to} is for every number of steps of the bundle")
+    if options.precision != "float32" and options.to not in ("onnx", "tensorrt"):
+        parser.error(f"--precision is for --to onnx and tensorrt; --to {options.to} has one of its own")
     for name in ("rank", "rows"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; give at least 1")
@@ -75,21 +88,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compile(options: argparse.Namespace) -> list[Path]:
     from distill.export.drafts import DiskFull
+    from distill.export.loop import export_loop
     from distill.export.onnx import ExportError
+    from distill.export.reduced import export_reduced
     from distill.export.run import export_onnx, written
     from distill.export.tensorrt import export_tensorrt
 
     try:
-        if options.to == "onnx":
+        if options.to == "loop":
+            return export_loop(options.bundle, options.steps, options.out)
+        if options.to == "tensorrt":
+            rows = (1, min(4, options.rows), options.rows)
+            bundle = export_tensorrt(options.bundle, precision=options.precision, rows=rows, check=options.check)
+        elif options.precision == "float32":
             bundle = export_onnx(options.bundle, options.opset)
         else:
-            rows = (1, min(4, options.rows), options.rows)
-            bundle = export_tensorrt(options.bundle, rows=rows, check=options.check)
+            bundle = export_reduced(options.bundle, options.precision)
     except (ExportError, DiskFull) as error:
         raise BundleError(str(error)) from None
     except OSError as error:
         raise BundleError(f"{error.strerror} at {error.filename or options.bundle}; nothing was written") from None
-    return written(bundle, options.to)
+    return written(bundle, options.to, options.precision)
 
 
 def _publish(options: argparse.Namespace) -> list[Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from distill.bundle import Bundle, Manifest, write_manifest
 
+FOLDER = "drafts.tmp"
+"""Of drafts, in the bundle: on its file system, and under their final names, by which graphs find their weights."""
 MARGIN = 1.1
 """Of the room that is asked for: file systems need some for themselves."""
 
@@ -19,27 +21,33 @@ class DiskFull(Exception):
 
 
 class Drafts:
-    """Final paths of a bundle and where they are written meanwhile. Names that end in .tmp are in no manifest."""
+    """Where the files of a bundle are written until all of them are right."""
 
-    def __init__(self, root: Path, finals: Iterable[Path]) -> None:
-        self._root, self._finals = root, tuple(finals)
+    def __init__(self, root: Path) -> None:
+        self._root, self._folder = root, root / FOLDER
 
     def path(self, final: Path) -> Path:
-        assert final in self._finals, f"{final} is none of {self._finals}"
-        return final.with_name(final.name + ".tmp")
+        """Where to write what shall be at ``final``; its folder exists."""
+        draft = self._folder / final.relative_to(self._root)
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        return draft
 
     def commit(self, manifest: Manifest, obsolete: Iterable[Path] = ()) -> Bundle:
         """Put every draft in its place, drop what is obsolete and write the manifest; on any failure undo all of it."""
-        gone = [path for path in obsolete if path not in self._finals]
-        kept = {path: path.with_name(path.name + ".old.tmp") for path in (*self._finals, *gone)}
+        drafts = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
+        finals = {draft: self._root / draft.relative_to(self._folder) for draft in drafts}
+        gone = {path for path in obsolete if path not in finals.values()}
+        kept = {path: path.with_name(path.name + ".old.tmp") for path in (*finals.values(), *gone)}
         placed: list[Path] = []
         try:
             for path, old in kept.items():
                 if path.is_file():
                     os.replace(path, old)
-            for final in self._finals:
-                os.replace(self.path(final), final)
+            for draft, final in finals.items():
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(draft, final)
                 placed.append(final)
+            shutil.rmtree(self._folder)
             bundle = write_manifest(self._root, manifest)
         except BaseException:
             for final in placed:
@@ -48,30 +56,23 @@ class Drafts:
                 if old.is_file():
                     os.replace(old, path)
             (self._root / "bundle.json.tmp").unlink(missing_ok=True)
+            _remove_empty(self._root, kept)
             raise
         for old in kept.values():
             old.unlink(missing_ok=True)
+        _remove_empty(self._root, gone)
         return bundle
 
 
 @contextlib.contextmanager
-def drafts(root: Path, finals: Iterable[Path]) -> Iterator[Drafts]:
-    """Drafts whose folders exist; whatever was not committed is gone afterwards, empty folders too."""
-    made = Drafts(root, finals)
-    folders = {final.parent for final in made._finals}
+def drafts(root: Path) -> Iterator[Drafts]:
+    """Drafts for the bundle at ``root``; whatever was not committed is gone afterwards."""
+    folder = root / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
     try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        yield made
+        yield Drafts(root)
     finally:
-        for final in made._finals:
-            made.path(final).unlink(missing_ok=True)
-        for folder in folders:
-            for path in (folder, *folder.parents):
-                if path == root or root not in path.parents:
-                    break
-                with contextlib.suppress(OSError):  # not empty
-                    path.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -82,3 +83,13 @@ def check_room(folder: Path, needed_bytes: int) -> None:
             f"{folder} has {free / 1e6:.0f} MB free and the export needs {needed_bytes * MARGIN / 1e6:.0f} MB; "
             "make room or move the bundle"
         )
+
+
+def _remove_empty(root: Path, files: Iterable[Path]) -> None:
+    """Remove the folders of files that are gone, as far as nothing else lies in them."""
+    for file in files:
+        for folder in file.parents:
+            if folder == root or root not in folder.parents:
+                break
+            with contextlib.suppress(OSError):
+                folder.rmdir()

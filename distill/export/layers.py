@@ -19,7 +19,7 @@ import torch
 
 from distill.export import parity
 from distill.export.graphs import GraphSpec, Inputs
-from distill.export.onnx import EXAMPLE_BATCH, ExportError, clean, trace
+from distill.export.onnx import EXAMPLE_BATCH, MAX_FILE_BYTES, ExportError, clean, trace, weight_bytes
 
 PIECE = 64
 """Values that are compared at a time."""
@@ -41,6 +41,8 @@ class Layer:
 
 def first_difference(spec: GraphSpec, file: Path, opset: int) -> str:
     """A sentence that names the first layer of an ONNX file that does not compute what torch does."""
+    if weight_bytes(spec) > MAX_FILE_BYTES:
+        return "the graph is beyond 2 GB, too large to be looked into layer by layer"
     program = trace(spec, opset)
     assert program.exported_program is not None, "the exporter that keeps no program is never asked"
     names = clean(program.model_proto)

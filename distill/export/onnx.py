@@ -12,13 +12,15 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from distill.export.graphs import GraphSpec
@@ -30,8 +32,10 @@ float32. ONNX Runtime is as fast with 20, 22 and 23."""
 HALF_BYTES = 4096
 """Initialisers of at least this many bytes in float32 are stored as float16."""
 
-MAX_FILE_BYTES = 2**31 - 1
-"""Protobuf's limit."""
+MAX_FILE_BYTES = 2**31 - 2**26
+"""Protobuf's limit of 2 GiB, less what the graph itself may take."""
+ALIGNMENT = 4096
+"""Of weights in a file of their own, so that runtimes can map them."""
 
 EXAMPLE_BATCH = 2
 """torch.export bakes an example size of 0 or 1 into the graph."""
@@ -42,23 +46,23 @@ class ExportError(Exception):
 
 
 def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
-    """Write the graph to ``path``, through a temporary file beside it.
+    """Write the graph to ``path``, through a temporary file beside it; weights beyond 2 GB to ``path``.data.
 
     Raises ExportError when the exporter fails, fixes the batch or a weight is not exact in float16.
     """
-    if weight_bytes(spec) > MAX_FILE_BYTES:
-        raise ExportError(
-            f"graph {spec.name!r} has {weight_bytes(spec) / 1e9:.1f} GB of weights and one ONNX file holds 2 GB; "
-            "this exporter does not split files yet, so export a smaller student"
-        )
-    model = trace(spec, opset).model_proto
+    parameters = {name for name, _ in spec.module.named_parameters()}
+    program = trace(spec, opset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    outside = weight_bytes(spec) > MAX_FILE_BYTES
+    halves = store_outside(program.model, path.with_name(path.name + ".data"), parameters) if outside else []
+    model = program.model_proto
     clean(model)
     name_dims(model, spec)
-    store_half(model, {name for name, _ in spec.module.named_parameters()})
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    store_half(model, parameters)
+    cast_halves(model, halves)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(temporary), full_check=True)  # by its path, by which it finds weights outside
     os.replace(temporary, path)
 
 
@@ -177,29 +181,72 @@ def store_half(model: onnx.ModelProto, parameters: set[str]) -> None:
     Tables that the exporter computes (position embeddings, sinusoids) stay float32 when they are not exact.
     Raises ExportError for a parameter that is not: its bundle was not written in float16.
     """
-    casts: list[onnx.NodeProto] = []
+    halves = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
+        if tensor.data_type != onnx.TensorProto.FLOAT or tensor.data_location == onnx.TensorProto.EXTERNAL:
             continue
-        full = numpy_helper.to_array(tensor)
-        if not np.isfinite(full).all():
-            raise ExportError(f"{tensor.name} holds NaN or infinity; train the student again")
-        if full.nbytes < HALF_BYTES:
-            continue
-        with np.errstate(over="ignore"):
-            half = full.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), full):
-            if tensor.name in parameters:
-                worst = float(np.abs(half.astype(np.float32) - full).max())
-                raise ExportError(
-                    f"{tensor.name} changes by up to {worst:.3g} in float16; save the bundle's weights as float16 first"
-                )
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}.float16"))
-        casts.append(
-            onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.float32", to=onnx.TensorProto.FLOAT)
-        )
+        half = exact_half(tensor.name, numpy_helper.to_array(tensor), parameters)
+        if half is not None:
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+            halves.append(tensor.name)
+    cast_halves(model, halves)
+
+
+def exact_half(name: str, full: NDArray[np.float32], parameters: Collection[str]) -> NDArray[np.float16] | None:
+    """A float32 tensor in float16, None where it is small or not exact. Raises ExportError as store_half does."""
+    if not np.isfinite(full).all():
+        raise ExportError(f"{name} holds NaN or infinity; train the student again")
+    if full.nbytes < HALF_BYTES:
+        return None
+    with np.errstate(over="ignore"):
+        half = full.astype(np.float16)
+    back = half.astype(np.float32)
+    if np.array_equal(back, full):
+        return half
+    if name in parameters:
+        worst = float(np.abs(back - full).max())
+        raise ExportError(f"{name} changes by up to {worst:.3g} in float16; save the bundle's weights as float16 first")
+    return None
+
+
+def cast_halves(model: onnx.ModelProto, names: Collection[str]) -> None:
+    """Rename float16 initialisers to name.float16 and cast them to float32 under their names."""
+    chosen, casts = set(names), []
+    for tensor in model.graph.initializer:
+        if tensor.name in chosen:
+            name, tensor.name = tensor.name, f"{tensor.name}.float16"
+            to = onnx.TensorProto.FLOAT
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.float32", to=to))
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
+
+
+def store_outside(model: ir.Model, file: Path, parameters: Collection[str]) -> list[str]:
+    """Write large initialisers to ``file`` as float16, one at a time, and leave references; returns their names.
+
+    The exporter's own tensors are views of torch's parameters, so that no second copy of the weights is ever held.
+    """
+    stored = []
+    with file.open("wb") as data:
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+                continue
+            half = exact_half(name, tensor.numpy(), parameters)
+            if half is None:
+                continue
+            data.write(bytes(-data.tell() % ALIGNMENT))
+            offset = data.tell()
+            data.write(half.tobytes())
+            value.const_value = ir.ExternalTensor(
+                file.name,
+                offset,
+                half.nbytes,
+                ir.DataType.FLOAT16,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=file.parent,
+            )
+            stored.append(name)
+    return stored

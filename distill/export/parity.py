@@ -41,6 +41,7 @@ TOLERANCES = {
     "float32": Tolerance(relative=1e-4, psnr_db=100.0, levels=1, picture_db=60.0),
     "float16": Tolerance(psnr_db=50.0, levels=24, picture_db=40.0),
     "bfloat16": Tolerance(psnr_db=45.0, levels=48, picture_db=35.0),
+    "int8": Tolerance(psnr_db=25.0, picture_db=20.0),
 }
 """By precision. Reduced ones open the door; whether they may serve is for the scores to say."""
 

@@ -6,10 +6,10 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from distill.bundle import Bundle, Engine, Manifest
+from distill.bundle import Bundle, Engine, Manifest, sha256
 from distill.export import parity
 from distill.export.drafts import check_room, drafts
 from distill.export.graphs import GraphSpec, load_graphs
@@ -29,7 +29,7 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
     specs = load_graphs(bundle.path, bundle.manifest)
     check_room(bundle.path, sum(weight_bytes(spec) for spec in specs.values()))
     finals = {name: bundle.path / "onnx" / f"{name}.onnx" for name in specs}
-    with drafts(bundle.path, finals.values()) as made:
+    with drafts(bundle.path) as made:
         compiled: dict[str, parity.OnnxGraph] = {}
         measured, latency = {}, {}
         for index, (name, spec) in enumerate(specs.items(), start=1):
@@ -46,7 +46,21 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
         for steps, row in images.items():
             say(f"pictures in {steps} steps: at most {row['levels']:.0f} of 255 levels, {row['changed']:.2%} of values")
         del compiled
-        return made.commit(_manifest(bundle.manifest, specs, measured, latency, images, opset))
+        manifest = _manifest(bundle.manifest, specs, measured, latency, images, opset)
+        stale = outdated(manifest, {f"onnx/{name}.onnx": sha256(made.path(final)) for name, final in finals.items()})
+        if stale:
+            say(f"{len(stale)} engines of other precisions and runtimes were of older graphs and are gone")
+        fresh = tuple(engine for engine in manifest.engines if engine not in stale)
+        return made.commit(
+            manifest.model_copy(update={"engines": fresh}), obsolete=[bundle.path / engine.file for engine in stale]
+        )
+
+
+def outdated(manifest: Manifest, digests: Mapping[str, str]) -> list[Engine]:
+    """Engines that were made from graphs that are about to change. digests: sha256 of the new graphs by file."""
+    if digests.items() <= manifest.files.items():
+        return []
+    return [engine for engine in manifest.engines if engine.file not in digests]
 
 
 def verify(spec: GraphSpec, graph: parity.Compiled, file: Path, opset: int) -> dict[str, float]:
@@ -78,7 +92,7 @@ def _manifest(
         )
         for name, spec in specs.items()
     )
-    kept = tuple(engine for engine in manifest.engines if engine.runtime != "onnx")
+    kept = tuple(engine for engine in manifest.engines if (engine.runtime, engine.precision) != ("onnx", "float32"))
     record = {
         "pictures": {str(steps): row for steps, row in images.items()},
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -88,7 +102,7 @@ def _manifest(
     return manifest.model_copy(update={"engines": kept + engines, "provenance": provenance})
 
 
-def written(bundle: Bundle, to: str) -> list[Path]:
-    """The files that an export to "onnx" or "tensorrt" wrote or left as they were, the manifest last."""
-    engines = [engine for engine in bundle.manifest.engines if engine.runtime.startswith(to)]
+def written(bundle: Bundle, to: str, precision: str = "float32") -> list[Path]:
+    """The files that an export wrote or left as they were, the manifest last. to: "onnx" or "tensorrt"."""
+    engines = [e for e in bundle.manifest.engines if e.runtime.startswith(to) and e.precision == precision]
     return [bundle.path / engine.file for engine in engines] + [bundle.path / "bundle.json"]

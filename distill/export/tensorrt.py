@@ -50,24 +50,28 @@ def export_tensorrt(
     if check:
         require_gpu(PORTABLE if flavour == "tensorrt-rtx" else None)
     check_room(bundle.path, ENGINE_BYTES * sum((bundle.path / source.file).stat().st_size for source in sources))
-    folder = bundle.path / flavour / "building"
-    finals: dict[str, Path] = {source.graph: folder / f"{source.graph}.engine" for source in sources}
-    with drafts(bundle.path, finals.values()) as made:
+    building = bundle.path / flavour / "building"
+    with drafts(bundle.path) as made:
         built: list[Engine] = []
+        files: dict[str, Path] = {}
         for index, source in enumerate(sources, start=1):
-            draft = made.path(finals[source.graph])
+            draft = made.path(building / f"{source.graph}.engine")
             shapes = profile_shapes(source, bundle.manifest, rows)
             reply = run_builder(request_for(bundle, source, flavour, shapes, draft))
             built.append(_record(bundle, source, flavour, reply, shapes))
-            size_mb = draft.stat().st_size / 1e6
+            files[source.graph] = draft.rename(
+                made.path(bundle.path / built[-1].file)
+            )  # only the builder knows the key
+            size_mb = files[source.graph].stat().st_size / 1e6
             target = f"{reply.architecture}, {flavour} {reply.version}"
             say(f"[{index}/{len(sources)}] {source.graph}: {size_mb:.1f} MB in {reply.duration_s:.0f} s for {target}")
         if check:
-            paths = {graph: made.path(final) for graph, final in finals.items()}
-            built = check_engines(bundle, built, paths, flavour, say)
+            built = check_engines(bundle, built, files, flavour, say)
         else:
             say("built, not executed: run again with --check on the GPU that the engines are for")
-        return _place(bundle, built, {graph: made.path(final) for graph, final in finals.items()})
+        names = {engine.file for engine in built}
+        kept = tuple(engine for engine in bundle.manifest.engines if engine.file not in names)
+        return made.commit(bundle.manifest.model_copy(update={"engines": (*kept, *built)}))
 
 
 def onnx_engines(bundle: Bundle, precision: str) -> list[Engine]:
@@ -183,15 +187,3 @@ def _record(
             "target": target,
         }
     )
-
-
-def _place(bundle: Bundle, built: list[Engine], files: Mapping[str, Path]) -> Bundle:
-    """Move the engines to the folder of their key, which only the builder could tell, and write the manifest."""
-    names = {engine.file for engine in built}
-    kept = tuple(engine for engine in bundle.manifest.engines if engine.file not in names)
-    manifest = bundle.manifest.model_copy(update={"engines": (*kept, *built)})
-    finals: dict[str, Path] = {engine.graph: bundle.path / engine.file for engine in built}
-    with drafts(bundle.path, finals.values()) as keyed:
-        for graph, final in finals.items():
-            files[graph].rename(keyed.path(final))
-        return keyed.commit(manifest)

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, StableDiffusionXLPipeline
 
 from distill.bundle import Bundle, BundleError, Guidance, Manifest, Sampler, sha256, write_manifest
+from distill.export import onnx as onnx_export
 from distill.export import parity, run
 from distill.export.__main__ import main
 from distill.export.graphs import (
@@ -354,10 +355,29 @@ def test_weights_that_are_not_finite_are_refused_by_name(manifest: Manifest, tmp
         compile_graph(step_graph(module.eval().requires_grad_(False), manifest, {}), tmp_path / "step.onnx")
 
 
-def test_weights_beyond_one_file_are_refused_before_tracing(manifest: Manifest, tmp_path: Path) -> None:
-    module = torch.nn.Linear(40_000, 30_000, device="meta")
-    with pytest.raises(ExportError, match=r"2\.4 GB of weights and one ONNX file holds 2 GB"):
-        compile_graph(step_graph(module, manifest, {}), tmp_path / "step.onnx")
+def test_weights_beyond_one_file_lie_beside_it(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a graph of more than 2 GB: the same values, from a file that runtimes can map."""
+    module = Affine().half().float().eval().requires_grad_(False)
+    spec = step_graph(module, manifest, {})
+    compile_graph(spec, tmp_path / "one" / "step.onnx")
+    monkeypatch.setattr(onnx_export, "MAX_FILE_BYTES", 1000)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "step.onnx.data").write_bytes(bytes(100_000))  # of an earlier export: it is not appended to
+    compile_graph(spec, tmp_path / "two" / "step.onnx")
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"step.onnx", "step.onnx.data"}
+    assert (tmp_path / "two" / "step.onnx.data").stat().st_size == module.weight.numel() * 2
+    assert (tmp_path / "two" / "step.onnx").stat().st_size < (tmp_path / "one" / "step.onnx").stat().st_size
+    inputs = spec.sample(3, torch.Generator().manual_seed(0))
+    one, two = (OnnxGraph(tmp_path / name / "step.onnx").run(inputs) for name in ("one", "two"))
+    for name in ("next", "x0"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    for change in (float("nan"), 1 / 3):
+        with torch.no_grad():
+            module.weight[0, 0, 0, 0] = change
+        with pytest.raises(ExportError, match=r"weight holds NaN|weight changes by up to"):
+            compile_graph(spec, tmp_path / "three" / "step.onnx")
 
 
 def test_gate_catches_a_graph_of_slightly_different_weights(tiny_bundle: Path, compiled: dict[str, OnnxGraph]) -> None:

@@ -24,7 +24,7 @@ def root(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def test_drafts_take_their_places_and_what_is_obsolete_goes(root: Path) -> None:
     old, new = root / "onnx" / "step.onnx", root / "engines" / "key" / "step.engine"
-    with drafts(root, [old, new]) as made:
+    with drafts(root) as made:
         for final in (old, new):
             made.path(final).write_bytes(b"new")
         bundle = made.commit(Bundle.open(root).manifest, obsolete=[root / "onnx" / "decoder.onnx"])
@@ -33,6 +33,17 @@ def test_drafts_take_their_places_and_what_is_obsolete_goes(root: Path) -> None:
     assert not (root / "onnx" / "decoder.onnx").exists()
     assert not list(root.rglob("*.tmp"))
     Bundle.open(root)
+
+
+def test_drafts_of_an_export_that_was_killed_are_gone_at_the_next(root: Path) -> None:
+    (root / "drafts.tmp" / "onnx").mkdir(parents=True)
+    (root / "drafts.tmp" / "onnx" / "step.onnx").write_bytes(b"half")
+    with drafts(root) as made:
+        made.path(root / "new.onnx").write_bytes(b"new")
+        bundle = made.commit(Bundle.open(root).manifest)
+    assert "new.onnx" in bundle.manifest.files
+    assert (root / "onnx" / "step.onnx").read_bytes() != b"half"
+    assert not (root / "drafts.tmp").exists()
 
 
 def test_a_manifest_that_cannot_be_written_undoes_everything(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +56,7 @@ def test_a_manifest_that_cannot_be_written_undoes_everything(root: Path, monkeyp
     monkeypatch.setattr(module, "write_manifest", full)
 
     def write() -> None:
-        with drafts(root, [old, new]) as made:
+        with drafts(root) as made:
             for final in (old, new):
                 made.path(final).write_bytes(b"new")
             made.commit(manifest)
@@ -60,7 +71,7 @@ def test_a_failure_while_drafts_are_written_leaves_nothing(root: Path) -> None:
     before = listing(root)
 
     def write() -> None:
-        with drafts(root, [root / "engines" / "key" / "step.engine"]) as made:
+        with drafts(root) as made:
             made.path(root / "engines" / "key" / "step.engine").write_bytes(b"ha")
             raise RuntimeError("half")
 
