@@ -16,6 +16,9 @@ LATE = Counter("leapfrog_late_rows_total", "Pictures given up because their dead
 CACHE = Counter("leapfrog_cache_total", "Look-ups of encoded prompts and of files", ["model", "cache", "result"])
 
 VIDEOS = Counter("leapfrog_videos_total", "Video jobs by how they ended", ["model", "outcome"])
+UNFINISHED_VIDEOS = Gauge(
+    "leapfrog_unfinished_videos", "Video jobs that wait or are being made", multiprocess_mode="livesum"
+)
 
 QUEUED = Gauge("leapfrog_queue_rows", "Pictures waiting for a place in a batch", ["model"], multiprocess_mode="livesum")
 RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model"], multiprocess_mode="livesum")

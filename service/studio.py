@@ -1,7 +1,7 @@
 """The studio: takes video jobs from the store, feeds them to the engines, and puts what comes of them back.
 
 A job's state lies in the store, so that it outlives the process; what lives only here is the clip on its way and the
-events of its making. Jobs wait in the store and a few at a time go to an engine, the oldest of whoever has the fewest
+events of its making. Jobs wait in the store and a few at a time go to an engine, of whoever has the fewest
 there, so that neither pictures nor other keys wait behind a long list. Threads: one keeps the books (all changes of
 state, in order), some compress, one looks round (deadlines, results past their time, jobs that found no place).
 """
@@ -32,6 +32,7 @@ from service.preview import preview
 from service.registry import Model, Registry
 from service.rows import DeadlineExceeded, EngineClosed, OutOfMemory, QueueFull
 from service.runtimes.base import Floats
+from service.scheduler import RANK
 from service.settings import Settings
 from service.video_request import VideoPlan
 
@@ -176,6 +177,7 @@ class Studio:
                 raise errors.unavailable("the server's disk is full; try again later", "storage_full") from None
             self._takes[job.id] = take = Take(job, model, plan)
             take.tell("queued")
+            metrics.UNFINISHED_VIDEOS.set(len(self._takes))
         self._feed()
         return job
 
@@ -284,7 +286,7 @@ class Studio:
             filming.done.add_done_callback(partial(self._enter, self._ended, take))
 
     def _next(self) -> Take | None:
-        """The oldest waiting job of the owner with the fewest at work, of an engine that has place."""
+        """Of the owner with the fewest jobs at work, the first by priority and age whose engine has place."""
         fed: dict[int, int] = {}
         held: dict[str, int] = {}
         for take in self._takes.values():
@@ -292,7 +294,7 @@ class Studio:
                 fed[id(take.model.engine)] = fed.get(id(take.model.engine), 0) + 1
                 held[take.job.owner] = held.get(take.job.owner, 0) + 1
         waiting = [t for t in self._takes.values() if t.filming is None and fed.get(id(t.model.engine), 0) < FED]
-        return min(waiting, key=lambda take: held.get(take.job.owner, 0), default=None)
+        return min(waiting, key=lambda take: (held.get(take.job.owner, 0), RANK[take.plan.priority]), default=None)
 
     def _filming(self, take: Take, deadline_s: float | None) -> Filming:
         job = take.job
@@ -358,6 +360,7 @@ class Studio:
         """A job is finished: only its events are kept for a while."""
         with self._lock:
             take = self._takes.pop(job_id, None)
+            metrics.UNFINISHED_VIDEOS.set(len(self._takes))
             if take is not None:
                 self._remembered[job_id] = take.events
                 while len(self._remembered) > REMEMBERED:

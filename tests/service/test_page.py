@@ -244,7 +244,12 @@ def test_a_video_is_filmed_shown_and_listed(video_page: playwright.Page) -> None
     )
     while video_page.evaluate("document.querySelector('figure video').readyState") < 2:
         video_page.wait_for_timeout(50)
+    width, height = video_page.evaluate(
+        "(() => { const v = document.querySelector('figure video'); return [v.clientWidth, v.clientHeight] })()"
+    )
+    assert width == height >= 4 * 32, "square as its 32 pixels are, and not a stamp"
     assert video_page.evaluate("document.querySelector('figure video').videoWidth") == 32
+    assert "ms on the server" in video_page.inner_text("#total")
     assert video_page.evaluate("window.seen.size") > 0, "previews come while it is denoised"
     first = video_page.locator("#jobs li").first
     assert "a red sphere rolling" in first.inner_text() and "5 frames" in first.inner_text()

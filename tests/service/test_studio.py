@@ -243,6 +243,21 @@ def test_the_key_with_the_fewest_jobs_at_work_is_next(house: House) -> None:
     assert chosen is not None and chosen.job.id == theirs.id
 
 
+def test_priority_orders_the_jobs_of_one_key(house: House) -> None:
+    studio = house.open()
+    Held.go.clear()
+    for i in range(FED):
+        studio.add(house.model, house.plan(seed=i), "")
+    jobs = {name: studio.add(house.model, house.plan(priority=name), "") for name in ("low", "normal", "high")}
+    with studio._lock:
+        first = next(iter(studio._takes.values()))
+        first.filming, kept = None, first.filming
+        studio._takes[first.job.id].plan = house.plan(priority="low")
+        chosen = studio._next()
+        first.filming = kept
+    assert chosen is not None and chosen.job.id == jobs["high"].id
+
+
 def test_a_deadline_that_passed_in_the_queue_fails_the_job(house: House) -> None:
     studio = house.open()
     Held.go.clear()
