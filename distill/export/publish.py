@@ -28,11 +28,14 @@ from distill.export.card import card, read_cost
 from distill.export.lora import Factors, Fidelity, comfyui_state, diffusers_state, extract, merge
 from distill.export.names import clip_state, openclip_state, unet_state, vae_state, wan_name
 from distill.export.steps import scheduler_for, write_scheduler
+from distill.families.flux import EMBEDDED_GUIDANCE
 from distill.families.load import FAMILIES, local_folder
 
 Form = Literal["diffusers", "lora", "comfyui"]
-COMPONENT = {"sdxl": "unet", "sd15": "unet", "wan": "transformer"}
+COMPONENT = {"sdxl": "unet", "sd15": "unet", "sd3": "transformer", "flux": "transformer", "wan": "transformer"}
 """The networks that diffusers' pipelines load a LoRA into."""
+_TAKE_SIGMAS = ("sd3", "flux")
+"""Families whose pipelines pass the noise levels of a call on to their scheduler."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
 _OURS = (MANIFEST, "onnx")
@@ -144,19 +147,29 @@ def _pipeline_usage(manifest: Manifest, calls: dict[int, dict[str, Any]], vae: b
     call, given = calls[steps], f"num_inference_steps={steps}"
     if "timesteps" in call:
         given = _spelt(call)
+    elif "sigmas" in call and manifest.family in _TAKE_SIGMAS:
+        given += f", {_spelt(call)}"
     elif "sigmas" in call:
         start += (
             "set_timesteps = pipe.scheduler.set_timesteps  # this pipeline passes on a number alone\n"
             "pipe.scheduler.set_timesteps = lambda steps, device=None: "
             f"set_timesteps({_spelt(call)}, device=device)\n"
         )
-    given += f", guidance_scale={manifest.guidance.scale:g}"
+    given += f", guidance_scale={_guidance(manifest):g}"
     if manifest.task != "class-to-image":
         (width, height), *_ = manifest.sizes
         given += f", height={height}, width={width}"
     if frames := manifest.provenance.get("recipe", {}).get("frames"):
         given += f", num_frames={frames}"
     return f"{start}result = pipe({what}, {given}).{output}[0]"
+
+
+def _guidance(manifest: Manifest) -> float:
+    """What the pipeline calls guidance_scale: of FLUX the scale that the student reads as an input."""
+    if manifest.family != "flux":
+        return manifest.guidance.scale
+    asked = manifest.provenance.get("recipe", {}).get("embedded_guidance")
+    return EMBEDDED_GUIDANCE if asked is None else float(asked)
 
 
 def _spelt(call: dict[str, Any]) -> str:
@@ -193,8 +206,9 @@ def _lora_writer(form: Form, rank: int, teacher: str | None, say: Say) -> Callab
 
 def _networks(bundle: Bundle, teacher: str) -> tuple[Any, nn.Module, nn.Module]:
     """The family, the student and its teacher."""
-    loader = FAMILIES[bundle.manifest.family]
-    family, student = loader.from_folder(bundle.path)
+    loader, manifest = FAMILIES[bundle.manifest.family], bundle.manifest
+    options = {"embedded_guidance": _guidance(manifest)} if manifest.family == "flux" else {}
+    family, student = loader.from_folder(bundle.path, size=manifest.sizes[0], **options)
     try:
         _, base = loader.from_folder(local_folder(teacher))
     except (RecipeError, OSError) as error:
@@ -276,7 +290,9 @@ def write_comfyui(bundle: Bundle, folder: Path) -> dict[str, Any]:
 
 def _check_comfyui(bundle: Bundle) -> None:
     if bundle.manifest.family not in ("sdxl", "sd15", "wan"):
-        raise PublishError(f"ComfyUI has no {bundle.manifest.family} models; use --to diffusers")
+        raise PublishError(
+            f"the weights of {bundle.manifest.family} have no names of ComfyUI's here; use --to diffusers"
+        )
 
 
 def checkpoint(bundle: Bundle) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
 from distill.bundle import Manifest, Sampler, write_manifest
-from distill.export.publish import publish
+from distill.export.publish import COMPONENT, PublishError, publish
 from distill.families.load import FAMILIES
 from distill.families.published import USUAL
 from distill.sampling import student_table
@@ -54,7 +54,7 @@ def typed(folder: Path) -> dict[str, Any]:
     return scope
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sit", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "sit", "wan"])
 def test_usage_on_the_card_runs(name: str, tmp_path: Path, manifest: Manifest) -> None:
     bundle = student(name, tmp_path, manifest)
     publish(bundle, "diffusers", tmp_path / "out", say=silent)
@@ -64,17 +64,25 @@ def test_usage_on_the_card_runs(name: str, tmp_path: Path, manifest: Manifest) -
     assert len(scheduler.timesteps) == 4
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan"])
 def test_usage_of_a_lora_gives_the_student(name: str, tmp_path: Path, manifest: Manifest) -> None:
     bundle = student(name, tmp_path, manifest)
     publish(bundle, "lora", tmp_path / "out", rank=1, say=silent)
     scope = typed(tmp_path / "out")
-    part = "transformer" if name == "wan" else "unet"
+    part = COMPONENT[name]
     ours = getattr(DiffusionPipeline.from_pretrained(bundle), part).state_dict()
     scope["pipe"].fuse_lora()
     found = {k.replace(".base_layer", ""): v for k, v in getattr(scope["pipe"], part).state_dict().items()}
     for key in (key for key in ours if key.endswith("to_q.weight")):
         torch.testing.assert_close(found[key].float(), ours[key].float(), rtol=0, atol=2e-3)
+
+
+def test_a_students_own_guidance_and_times_are_typed(tmp_path: Path, manifest: Manifest) -> None:
+    bundle = student("flux", tmp_path, manifest)
+    publish(bundle, "diffusers", tmp_path / "out", say=silent)
+    assert "sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=3.5" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(PublishError, match="the weights of flux have no names of ComfyUI's here; use --to diffusers"):
+        publish(bundle, "comfyui", tmp_path / "comfyui", say=silent)
 
 
 def test_wan_is_one_transformer_for_comfyui(tmp_path: Path, manifest: Manifest) -> None:

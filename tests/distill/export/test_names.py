@@ -128,7 +128,7 @@ def test_noise_prediction_is_not_marked(tiny_sources: Path) -> None:
 
 
 def test_families_that_comfyui_lacks_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PublishError, match="ComfyUI has no sit models; use --to diffusers"):
+    with pytest.raises(PublishError, match="the weights of sit have no names of ComfyUI's here; use --to diff"):
         publish("bundles/digits-sit", "comfyui", tmp_path / "out")
 
 
