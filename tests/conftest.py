@@ -10,6 +10,7 @@ os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="leapf
 os.environ.setdefault("BENTOML_HOME", tempfile.mkdtemp(prefix="leapfrog-bentoml-"))
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LEAPFROG_DEVICE", "cpu")  # what tests make lies there, also on a machine with a GPU
 
 from pathlib import Path
 from typing import TYPE_CHECKING
