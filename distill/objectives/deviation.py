@@ -44,7 +44,8 @@ class ShrunkDeviation(Hook):
         found = found[found.isfinite()]
         if len(found):
             self.memory.get_buffer("variance").lerp_(found.mean().reshape(1), 1 - self.decay)
-            self.memory.get_buffer("seen").lerp_(torch.ones(1, dtype=torch.float64), 1 - self.decay)
+            seen = self.memory.get_buffer("seen")
+            seen.lerp_(torch.ones_like(seen), 1 - self.decay)
 
 
 def group_variance(rewards: Tensor, group: int) -> Tensor:

@@ -75,7 +75,8 @@ class OdeRegression(Hook):
         return follow(family, self.roles.teacher, z, condition, self.path, self.guidance).cpu()
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
-        index = torch.randint(self.pairs, (len(rollout.x),), generator=rollout.random("pairs")).tolist()
+        rng, n = rollout.random("pairs"), len(rollout.x)
+        index = torch.randint(self.pairs, (n,), generator=rng, device="cpu").tolist()
         self._make({i // CHUNK for i in index})
         pairs, place = zip(*map(self.pair, index), strict=True), rollout.x.device
         z, y = (moved(torch.stack(column), place) for column in pairs)

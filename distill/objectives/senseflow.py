@@ -46,7 +46,7 @@ class IntraSegmentGuidance(Hook):
         if low >= high:
             return None
         family, start = self.roles.family, rollout.start
-        u = torch.rand(1, generator=rollout.random("segment"), dtype=torch.float64)
+        u = torch.rand(1, generator=rollout.random("segment"), dtype=torch.float64, device="cpu")
         middle = float(time_at(family.schedule, low + u * (high - low)))
         following = [float(t) for t in family.schedule.grid(rollout.steps)][rollout.index + 1 :]
         end = following[0] if following else CLEAN
