@@ -81,15 +81,15 @@ def bootstrap_mean(
     """Mean over clusters with a studentised (bootstrap-t) interval over them.
 
     values: (n,). clusters: one label per value, usually the prompt; None makes every value its own cluster.
-    One cluster alone has no interval: low and high are NaN then.
+    One cluster alone has no interval, nor has a mean that is not finite: low and high are NaN then.
     """
     means = np.asarray(values, dtype=np.float64) if clusters is None else cluster_means(values, clusters)
     n = len(means)
     if n == 0:
         raise ValueError("there are no values to average; give at least one")
     value = float(means.mean())
-    if n == 1:
-        return Interval(value, math.nan, math.nan, math.nan, 1)
+    if n == 1 or not math.isfinite(value):
+        return Interval(value, math.nan, math.nan, math.nan, n)
     se = float(means.std(ddof=1)) / math.sqrt(n)
     if se == 0.0:
         return Interval(value, value, value, 0.0, n)

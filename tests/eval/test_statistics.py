@@ -235,3 +235,11 @@ def test_kernel_terms_match_brute_force_and_the_spread_of_the_estimate() -> None
     assert terms.second_order == pytest.approx(float(np.square(centred).mean()))
     spread = np.std([mmd(rng.normal(size=(150, 4)) + 0.4) for _ in range(200)])
     assert terms.se(range(150)) == pytest.approx(spread, rel=0.35)
+
+
+def test_three_prompts_have_a_bounded_interval_and_a_mean_that_is_not_finite_has_none() -> None:
+    """One resample of nine repeats a single prompt, whose spread is rounding alone."""
+    found = bootstrap_mean(np.array([0.9952, 0.9961, 0.9938]))
+    assert 0.9 < found.low < found.value < found.high < 1.1
+    broken = bootstrap_mean(np.array([1.0, math.nan, 2.0]))
+    assert math.isnan(broken.value) and math.isnan(broken.low) and broken.n == 3
