@@ -187,7 +187,7 @@ def _shuffled(frames: Images, rng: np.random.Generator) -> Images:
 def _flickering(frames: Images, rng: np.random.Generator) -> Images:
     """Every second frame is FLICKER levels brighter, up to white."""
     brighter = FLICKER * (np.arange(len(frames)) % 2).reshape(-1, 1, 1, 1)
-    return np.minimum(frames.astype(np.int64) + brighter, 255).astype(np.uint8)
+    return np.asarray(np.minimum(frames.astype(np.int64) + brighter, 255), dtype=np.uint8)
 
 
 CLIP_DAMAGES = {"frames-frozen": _frozen, "frames-shuffled": _shuffled, "frames-flickering": _flickering}

@@ -15,12 +15,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eval import judges
+from eval.env import interpreter, recipe_names
 from eval.errors import EvalError
 from eval.run import DEFAULT_STORE
+
+if TYPE_CHECKING:
+    from eval.metrics import Metric
 
 _ROOM_GIB = 2.0
 """Free space below which a night may not end: pictures of all suites take about one gibibyte."""
@@ -64,6 +70,11 @@ def diagnose(error: BaseException) -> str:
     return f"{text}; look at the traceback with python -X dev"
 
 
+def noise(count: int, size: int = 64) -> NDArray[np.uint8]:
+    """(count, 3, size, size) uint8, the same each time."""
+    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+
+
 def metric_probe(name: str, folder: Path | None) -> Callable[[], str]:
     """Score a few pictures of noise with a metric, judged for real."""
 
@@ -74,18 +85,37 @@ def metric_probe(name: str, folder: Path | None) -> Callable[[], str]:
         from eval.run import JUDGED
 
         suite = load_suite(PROBES[name])
-        options = dict(suite.metrics[name]) | ({"folder": folder} if name in JUDGED else {})
+        options = dict(suite.metrics[name]) | ({"folder": folder} if name in JUDGED else {}) | _instead(name)
         if "reference_count" in options:
             options["reference_count"] = 8
-        prompts = build_prompts(suite, 4)
-        size = 8 if suite.world == "digits" else 64
-        images = np.random.default_rng(0).integers(0, 256, (4, 3, size, size), dtype=np.uint8)
+        prompts = tuple(build_prompts(suite, 4))
+        images = noise(4, 8 if suite.world == "digits" else 64)
         metric = create(name, **options)
-        metric.update(Samples(images, tuple(prompts), np.full(4, 0.01)))
-        score = metric.compute()
-        return f"{sys.executable}; noise scores {score.value:.4g} {score.unit}".rstrip()
+        for _ in range(3 if name == "throughput" else 1):
+            metric.update(Samples(images, prompts, np.full(4, 0.01), 0.04))
+        return _scored(metric)
 
     return probe
+
+
+def _instead(name: str) -> dict[str, Any]:
+    """What stands for the bundle in probes of metrics that measure one: this process, and noise itself."""
+    from eval.footprint import peak_mib
+
+    class Noise:
+        def make(self, prompts: Sequence[object]) -> NDArray[np.uint8]:
+            return noise(len(prompts))
+
+    stands: dict[str, dict[str, Any]] = {
+        "memory": {"measure": lambda prompt: peak_mib()},
+        "parity": {"reference": Noise()},
+    }
+    return stands.get(name, {})
+
+
+def _scored(metric: Metric) -> str:
+    score = metric.compute()
+    return f"{sys.executable}; noise scores {score.value:.4g} {score.unit}".rstrip()
 
 
 PROBES = {
@@ -96,14 +126,17 @@ PROBES = {
     "inception-score": "digits-canary",
     "kid": "scenes-canary",
     "latency": "scenes-latency",
+    "memory": "scenes-memory",
+    "parity": "scenes-speed",
     "precision": "scenes-canary",
     "recall": "scenes-canary",
     "reward": "scenes-canary",
+    "throughput": "scenes-speed",
 }
 """A suite that uses each metric, whose options the probe takes."""
 
 
-def preference_probe(name: str) -> Callable[[], str]:
+def preference_probe(name: str, folder: Path | None) -> Callable[[], str]:
     """Score noise with a published scorer, from the hub or its cache."""
 
     def probe() -> str:
@@ -111,12 +144,50 @@ def preference_probe(name: str) -> Callable[[], str]:
         from eval.metrics.base import Samples
         from eval.prompts import Prompt
 
-        images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
         metric = create(name)
-        metric.update(Samples(images, tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
-        return f"{sys.executable}; noise scores {metric.compute().value:.4g}"
+        metric.update(Samples(noise(2), tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
+        return _scored(metric)
 
     return probe
+
+
+def extractor_probe(name: str, folder: Path | None) -> Callable[[], str]:
+    """Features of noise under the published extractor of a metric that no embedded world uses."""
+
+    def probe() -> str:
+        from eval.metrics.extractors import load_extractor
+
+        features = load_extractor(folder, EXTRACTORS[name])(noise(2))
+        return f"{sys.executable}; {features.shape[1]} features"
+
+    return probe
+
+
+EXTRACTORS = {"cmmd": "clip-vit-l-14-336", "fd-dinov2": "dinov2-vit-l-14"}
+"""Published extractors behind metrics that no embedded world uses."""
+
+
+def geneval_probe(name: str, folder: Path | None) -> Callable[[], str]:
+    """Things that GenEval's detector finds in noise."""
+
+    def probe() -> str:
+        from eval.metrics.geneval import Networks
+
+        found = Networks(folder).find(noise(1)[0])
+        return f"{sys.executable}; {sum(len(things) for things in found.values())} things in noise"
+
+    return probe
+
+
+def published() -> dict[str, Callable[[str, Path | None], Callable[[], str]]]:
+    """Probes of metrics whose weights are not ours to ship: a machine without them is not broken."""
+    from eval.metrics.preference import KINDS
+
+    return {
+        **dict.fromkeys(KINDS, preference_probe),
+        **dict.fromkeys(EXTRACTORS, extractor_probe),
+        "geneval": geneval_probe,
+    }
 
 
 def runtime_probe(runtime: str) -> Callable[[], str]:
@@ -132,20 +203,9 @@ def runtime_probe(runtime: str) -> Callable[[], str]:
     return probe
 
 
-def extractor_probe(name: str, folder: Path | None) -> Callable[[], str]:
-    """Features of noise under a published extractor."""
-
-    def probe() -> str:
-        from eval.metrics.extractors import load_extractor
-
-        images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
-        return f"{sys.executable}; {load_extractor(folder, name)(images).shape[1]} features"
-
-    return probe
-
-
-EXTRACTORS = {"cmmd": "clip-vit-l-14-336", "fd-dinov2": "dinov2-vit-l-14"}
-"""Published extractors behind metrics that no embedded world uses."""
+def environment_probe(name: str) -> Callable[[], str]:
+    """Whether an interpreter of its own is there; `python -m eval.env` makes it."""
+    return lambda: str(interpreter(name))
 
 
 def store_probe(path: Path) -> Callable[[], str]:
@@ -179,23 +239,21 @@ def space_probe(path: Path) -> Callable[[], str]:
 def examine(folder: Path | None, store: Path, only: Sequence[str] | None = None) -> list[Check]:
     """All checks; only: these metrics and nothing else."""
     from eval.metrics import registered
-    from eval.metrics.preference import KINDS
 
     names = list(only) if only else [name for name in registered() if not name.startswith("test-")]
-    checks = []
+    elsewhere, checks = published(), []
     for name in names:
-        if name in KINDS:
-            checks.append(replace(check(name, preference_probe(name)), needed=bool(only)))
-        elif name in EXTRACTORS:
-            checks.append(replace(check(name, extractor_probe(EXTRACTORS[name], folder)), needed=bool(only)))
+        if name in elsewhere:
+            checks.append(replace(check(name, elsewhere[name](name, folder)), needed=bool(only)))
         elif name in PROBES:
             checks.append(check(name, metric_probe(name, folder)))
         else:
             checks.append(Check(name, False, "no suite uses this metric; add one to eval/suites and to PROBES"))
+    environments = [replace(check(f"env {name}", environment_probe(name)), needed=False) for name in recipe_names()]
     if only:
         return checks
     checks += [check(f"runtime {runtime}", runtime_probe(runtime)) for runtime in ("onnx", "openvino")]
-    return [*checks, check("store", store_probe(store)), check("disk", space_probe(store.parent))]
+    return [*checks, *environments, check("store", store_probe(store)), check("disk", space_probe(store.parent))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from eval.controls import invalid_metrics, run_controls
 from eval.errors import EvalError
 from eval.gate import AnyGate, Row, judge, overall, trade_offs
 from eval.gates import CostGate, Gates, load_gates
+from eval.golden import unverified
 from eval.pairing import NotComparable, evidence, evidence_of, movers, require_comparable, rolling
 from eval.prompts import EVALUATION_SEEDS, Suite, load_suite
 from eval.regression import CONFIRM, Evidence, Verdict
@@ -257,6 +258,8 @@ class Night:
         if theirs is not None and row.finding is not None and not isinstance(gate, CostGate):
             worst, best = movers(self.store, ours, theirs, gate.metric, _SHOWN)
             shown |= {"worst": worst, "best": best}
+        if unverified(gate.metric, self.store.results(ours["id"])[gate.metric]["protocol"], self.place.store):
+            shown["note"] = "; ".join(filter(None, (row.note, "unverified weights")))
         clean: dict[str, Any] = _finite(shown)
         return clean
 

@@ -18,7 +18,7 @@ from eval.store import Store
 
 Run = dict[str, Any]
 Key = tuple[str, int]
-COSTS = ("latency",)
+COSTS = ("latency", "throughput", "memory")
 """Metrics of the machine as much as of the bundle: unpaired, compared on one machine only."""
 
 
@@ -83,8 +83,9 @@ def evidence_of(
     """From two results of one metric and their numbers per sample."""
     better = 1 if ours["direction"] == "higher" else -1
     if ours["metric"] in COSTS:
-        skip = int(ours["protocol"].get("warm_up", 0))
-        return evidence_of_costs(np.array([*left.values()][skip:]), np.array([*right.values()][skip:]))
+        skip, each = (int(ours["protocol"].get(name, default)) for name, default in (("warm_up", 0), ("batch", 1)))
+        once = slice(skip, None, each)  # a batch is one measurement, however many pictures carry it
+        return evidence_of_costs(np.array([*left.values()][once]), np.array([*right.values()][once]), better=better)
     try:
         if ours["per_sample_kind"] == "influence":
             found = influence_difference(ours["value"], theirs["value"], left, right).interval

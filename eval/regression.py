@@ -91,11 +91,12 @@ def evidence_of_estimate(delta: float, se: float, n: int, *, better: int = 1) ->
     return Evidence(found.value, found.low, found.high, se, worse, gain, n)
 
 
-def evidence_of_costs(candidate: Array, baseline: Array) -> Evidence:
-    """From two unpaired samples of a cost: difference of medians, Mann and Whitney's p-values.
+def evidence_of_costs(candidate: Array, baseline: Array, *, better: int = -1) -> Evidence:
+    """From two unpaired samples of a cost, or of a speed (better: 1): difference of medians, Mann and Whitney's p.
 
     The standard error of a median is √(π/2)·σ/√n with σ from the quartiles, so that a few outliers do not widen it.
     """
+    candidate, baseline = -better * candidate, -better * baseline
     delta = float(np.median(baseline) - np.median(candidate))
     se = math.hypot(_median_se(candidate), _median_se(baseline))
     half = NormalDist().inv_cdf(0.5 + LEVEL / 2) * se

@@ -25,6 +25,7 @@ from PIL import Image
 from eval.errors import EvalError
 from eval.gate import decimals
 from eval.notify import headline
+from eval.pairing import COSTS
 from eval.pictures import pictures
 from eval.plots import bar, history
 from eval.run import DEFAULT_CACHE, DEFAULT_STORE
@@ -153,7 +154,7 @@ def worst_cases(store: Store, record: Record, cache: Path, count: int = 6) -> li
     """Tonight's lowest-scored samples by the first metric that is a graded mean per sample."""
     for row in record["rows"]:
         run = record["runs"].get(row["suite"])
-        if run is None or row["candidate"] is None or row["metric"] == "latency":
+        if run is None or row["candidate"] is None or row["metric"] in COSTS:
             continue
         if store.results(run)[row["metric"]]["per_sample_kind"] != "value":
             continue

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eval.errors import EvalError
-from eval.pairing import require_comparable
+from eval.pairing import COSTS, require_comparable
 from eval.run import DEFAULT_STORE
 from eval.statistics import Difference, influence_difference, paired_difference
 from eval.store import Store
@@ -117,7 +117,7 @@ def difference(store: Store, a: Run, b: Run, metric: str) -> Difference:
 
 
 def _differences(store: Store, table: Table, runs: dict[tuple[str, str], Run | None]) -> str:
-    columns = [column for column in table.columns if column.metric != "latency"]
+    columns = [column for column in table.columns if column.metric not in COSTS]
     lines = [_row("difference", [column.title for column in columns]), _rule(len(columns))]
     for first, second in table.pairs:
         cells = [_difference_cell(store, runs[first, c.suite], runs[second, c.suite], c) for c in columns]

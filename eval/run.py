@@ -28,6 +28,7 @@ from tqdm import tqdm
 from distill.reward_names import parse_reward
 from eval import judges
 from eval.errors import EvalError
+from eval.golden import unverified
 from eval.metrics import Metric, Score, create, preference
 from eval.prompts import Prompt, Suite, build_prompts, load_suite, suite_names
 from eval.sources import Source, generate, open_source, write_folder
@@ -47,9 +48,12 @@ JUDGED = {
     "composition",
     "digit-accuracy",
     "diversity",
+    "geneval",
     "inception-score",
 }
 """Metrics that load a network from the folder of judges."""
+MEASURED = {"memory", "parity"}
+"""Metrics that ask the source itself, not only for its pictures."""
 _PACKAGES = ("numpy", "torch", "torch-fidelity", "transformers", "onnxruntime", "openvino", "pillow")
 
 
@@ -92,6 +96,8 @@ def run(
 def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Source) -> Metric:
     if name in JUDGED:
         options["folder"] = folder
+    if name in MEASURED:
+        options["source"] = source
     if name == "reward":
         options["trained_on"] = _was_trained_on(source, options.get("judge", "scenes-reward"))
     if name in preference.KINDS:
@@ -158,12 +164,14 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def describe_score(score: Score) -> str:
+def describe_score(score: Score, store: Path = DEFAULT_STORE) -> str:
     low, high = score.ci
     line = f"{score.metric:12} {score.value:10.4f} {score.unit:8} [{low:.4f}, {high:.4f}]  n={score.n}"
     line += f"  {score.direction} is better"
     if score.trained_on:
         line += "  (training used this reward)"
+    if unverified(score.metric, score.protocol, store):
+        line += "  (unverified weights: run python -m eval.verify_golden)"
     if score.n < score.smallest_n:
         line += f"  (too few to report: needs {score.smallest_n})"
     return line
@@ -226,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     for score in scores:
-        print(describe_score(score))
+        print(describe_score(score, args.store))
     print(f"wrote run {identifier} to {args.store}" + (f" and pictures to {args.keep}" if args.keep else ""))
     return 0
 

@@ -153,6 +153,19 @@ class BundleSource:
         threads, batch, runtime, precision = self._options
         return BundleSource(path, self.steps, threads, batch, runtime, precision)
 
+    @property
+    def command(self) -> list[str]:
+        """Arguments of eval.footprint that open the same bundle in the same way."""
+        threads, batch, runtime, precision = self._options
+        words = [str(self.path), "--steps", str(self.steps), "--batch", str(batch)]
+        words += ["--runtime", runtime, "--precision", precision]
+        return [*words, "--threads", str(threads or self._runtime.capabilities.threads)]
+
+    def computed_by(self, runtime: RuntimeChoice, precision: Precision) -> BundleSource:
+        """The same bundle and steps on another runtime or in another precision."""
+        threads, batch, _, _ = self._options
+        return BundleSource(self.path, self.steps, threads, batch, runtime, precision)
+
     def make(self, prompts: Sequence[Prompt]) -> Images:
         from service.runtimes import generate as sample
 
@@ -331,8 +344,8 @@ def generate(
 def _make(source: Source, prompts: Sequence[Prompt]) -> Samples:
     start = time.perf_counter()
     images = source.make(prompts)
-    seconds = np.array([time.perf_counter() - start]) if len(prompts) == 1 else None
-    return Samples(images, tuple(prompts), seconds)
+    took = time.perf_counter() - start
+    return Samples(images, tuple(prompts), np.array([took]) if len(prompts) == 1 else None, took)
 
 
 def cached(cache: Path, identity: dict[str, Any], chunk: Sequence[Prompt]) -> Images | None:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from eval.metrics import cmmd, composition, digits, diversity, fid, inception, latency, manifold, preference, reward
+from eval.metrics import (
+    cmmd,
+    composition,
+    digits,
+    diversity,
+    fid,
+    geneval,
+    inception,
+    latency,
+    manifold,
+    memory,
+    parity,
+    preference,
+    reward,
+    throughput,
+)
 from eval.metrics.base import Metric, Samples, Score, create, registered
 
 __all__ = [
@@ -15,10 +30,14 @@ __all__ = [
     "digits",
     "diversity",
     "fid",
+    "geneval",
     "inception",
     "latency",
     "manifold",
+    "memory",
+    "parity",
     "preference",
     "registered",
     "reward",
+    "throughput",
 ]

@@ -30,11 +30,13 @@ class Samples:
     """A batch of pictures with what they were asked for.
 
     images: (B, 3, H, W) uint8. seconds: (B,) wall time of each picture where it was made alone, else None.
+    batch_seconds: wall time of all of them together, None where they were not made now.
     """
 
     images: NDArray[np.uint8]
     prompts: tuple[Prompt, ...]
     seconds: NDArray[np.float64] | None = None
+    batch_seconds: float | None = None
 
     def __post_init__(self) -> None:
         shape = self.images.shape

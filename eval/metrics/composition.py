@@ -18,6 +18,7 @@ import numpy as np
 from distill.data.captions import ATTRIBUTES, Caption
 from eval import judges
 from eval.errors import EvalError
+from eval.geneval import by_task
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
 from eval.statistics import Interval, bootstrap_mean, wilson
 
@@ -105,6 +106,20 @@ def _checks(chosen: Sequence[Detected | None], facts: Caption) -> list[tuple[str
     return checks
 
 
+def task(facts: Caption) -> str:
+    """Which of GenEval's tasks a caption is, by the last of these that applies.
+
+    One thing: colors, as captions of scenes state every colour; several of one kind: counting; of several kinds:
+    color_attr; a relation between them: position. single_object and two_object name no colour and do not occur.
+    """
+    if facts.relations:
+        return "position"
+    kinds = {tuple(thing.stated) for thing in facts.things}
+    if len(kinds) > 1:
+        return "color_attr"
+    return "counting" if len(facts.things) > 1 else "colors"
+
+
 def _share(flags: list[bool]) -> float | None:
     return sum(flags) / len(flags) if flags else None
 
@@ -122,6 +137,7 @@ class Composition(PerSampleMetric):
         super().__init__()
         self._labeller, self._identity = (labeller, identity) if labeller else load_labeller(folder)
         self._verdicts: list[Verdict] = []
+        self._tasks: list[str] = []
 
     def update(self, samples: Samples) -> None:
         import torch
@@ -134,6 +150,7 @@ class Composition(PerSampleMetric):
             if prompt.caption is None:
                 raise EvalError(f"prompt {prompt.id!r} has no facts to compare with; use a suite of world scenes")
             verdicts.append(judge(seen, prompt.caption))
+            self._tasks.append(task(prompt.caption))
         self._verdicts += verdicts
         self._add(np.array([100.0 * verdict.right for verdict in verdicts]), samples)
 
@@ -145,6 +162,8 @@ class Composition(PerSampleMetric):
             stated = [rate for v in self._verdicts if (rate := v.rates[kind]) is not None]
             if stated:
                 parts[kind] = float(np.mean(stated))
+        right = [verdict.right for verdict in self._verdicts]
+        parts |= {f"task {name}": share for name, share in by_task(right, self._tasks).items()}
         protocol = {"labeller": self._identity, "rule": "exact things, stated relations"}
         return self._score(proportion(values, self._clusters), values, protocol, parts=parts).check()
 

@@ -19,7 +19,7 @@ from eval.prompts import EVALUATION_SEEDS
 from eval.vbench.scores import DIMENSIONS, dimension
 
 PER_PROMPT = 5
-FIRST_SEED = 7_970_000
+FIRST_SEED = 7_994_000
 LONGEST_SECONDS = 5.0
 """Clips of five seconds and more are VBench-Long's."""
 ENTRIES = 946

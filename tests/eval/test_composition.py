@@ -14,7 +14,7 @@ from distill.data.world import COLOURS, sample_scene
 from eval.errors import EvalError
 from eval.metrics import create
 from eval.metrics.base import Samples
-from eval.metrics.composition import compare, judge, proportion
+from eval.metrics.composition import compare, judge, proportion, task
 from eval.prompts import Prompt
 
 
@@ -133,7 +133,9 @@ def test_real_scenes_answer_their_own_captions(scene_prompts: Callable[[int], li
             metric.update(numbered(prompts[start : start + 70]))
         values[damage] = metric.compute()
     assert values[0.0].value == 100.0 and values[0.0].ci[1] == 100.0 and values[0.0].ci[0] > 98
-    assert values[0.0].parts == dict.fromkeys(("count", "shape", "colour", "size", "material", "relation"), 1.0)
+    names = ("count", "shape", "colour", "size", "material", "relation")
+    tasks = ("colors", "counting", "color_attr", "position")
+    assert values[0.0].parts == dict.fromkeys([*names, *(f"task {name}" for name in tasks)], 1.0)
     assert values[0.2].value == pytest.approx(80, abs=1.5) and values[0.5].value == pytest.approx(50, abs=1.5)
     assert values[0.2].ci[0] < 80 < values[0.2].ci[1]
     assert values[0.5].parts["colour"] < values[0.2].parts["colour"] < 1.0 == values[0.5].parts["shape"]
@@ -161,3 +163,10 @@ def test_seeds_of_one_prompt_widen_the_interval() -> None:
     plain = proportion(percent, [str(i) for i in range(200)])
     assert clustered.high - clustered.low > 1.8 * (plain.high - plain.low)
     assert proportion(np.full(8, 100.0), list("aabbccdd")).low < 100
+
+
+def test_pictures_are_told_apart_by_genevals_tasks() -> None:
+    ball, cube = FACTS.things
+    one, two = Caption("…", (ball,)), Caption("…", (ball, replace(ball, index=1)))
+    both = Caption("…", (ball, cube))
+    assert [task(facts) for facts in (one, two, both, FACTS)] == ["colors", "counting", "color_attr", "position"]

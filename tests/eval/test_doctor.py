@@ -8,14 +8,12 @@ import pytest
 
 from eval import doctor
 from eval.metrics import registered
-from eval.metrics.preference import KINDS
 
 
 def test_every_metric_has_a_probe() -> None:
     assert {name for name in registered() if not name.startswith("test-")} == {
         *doctor.PROBES,
-        *doctor.EXTRACTORS,
-        *KINDS,
+        *doctor.published(),
     }
 
 
@@ -42,6 +40,8 @@ def test_a_metric_without_its_judge_cannot_run_and_the_fix_is_named(tmp_path: Pa
 
 def test_what_is_there_is_run_for_real(judges_folder: Path, tmp_path: Path) -> None:
     reward, latency = doctor.examine(judges_folder, tmp_path / "s.sqlite", ["reward", "latency"])
+    for found in doctor.examine(judges_folder, tmp_path / "s.sqlite", ["throughput", "memory", "parity"]):
+        assert found.ok and "noise scores" in found.text
     assert reward.ok and "noise scores" in reward.text and latency.ok and "10 ms" in latency.text
 
 
