@@ -43,7 +43,7 @@ def test_every_production_recipe_is_counted_without_its_weights(name: str, capsy
     printed = capsys.readouterr().out
     assert parse_recipe(yaml.safe_load(printed)) == load_recipe(RECIPES / f"{name}.yaml")
     comments = [line for line in printed.splitlines() if line.startswith("#")]
-    for words in ("GPU-hours", "teacher", "student phase", "fake phase", "50% of it", "on 4 GPUs"):
+    for words in ("GPU-hours", "teacher", "student phase", "fake phase", "50% of it", "on 4 GPUs", "a checkpoint has"):
         assert any(words in line for line in comments), words
 
 
@@ -89,6 +89,13 @@ def test_operations_follow_the_update_plan() -> None:
     assert wan.operations == pytest.approx(64 * per_sample)
     hours = wan.operations * 6000 / (989e12 * 0.35) / 3600
     assert wan.gpu_hours == pytest.approx(hours)
+    shared = load_recipe(RECIPES / "wan-1.3b-amd-4step.yaml", ["parallel.context=2"])
+    assert any("shards over 8 ranks, 2 ranks share a sample" in line for line in table(replace(wan, recipe=shared)))
+
+
+def test_a_network_without_a_sequence_cannot_be_shared() -> None:
+    with pytest.raises(RecipeError, match=r"context is 2, and DiTTransformer2DModel has no sequence .* wan family"):
+        counted("sit-xl-amd-1step", "parallel.context=2")
 
 
 def test_memory_follows_the_roles_and_the_shards() -> None:
@@ -100,6 +107,7 @@ def test_memory_follows_the_roles_and_the_shards() -> None:
     assert held["at rest"] == pytest.approx(frozen + 2 * 16 * n)
     assert held["gradients"] == 4 * n and held["copies"] == 2 * n
     assert held["activations"] == 64 * whole.kept
+    assert whole.checkpoint() == 2 * 16 * n
     sharded = counted("sit-xl-amd-1step", "parallel.strategy=fsdp", "activation_checkpointing=true", gpus=16)
     shards = sharded.memory("student")
     rest = sum(r.at_rest(1) for r in sharded.roles if r.name not in ("teacher", "student", "fake"))

@@ -41,15 +41,21 @@ def distil(models: str, folder: str, overrides: list[str], until: int | None = N
         torch.set_num_threads(threads)
 
 
-def rehearse(name: str, inputs: str, folder: str, overrides: list[str], iterations: int = 2) -> dict[str, Tensor]:
-    """Some iterations of a production recipe on tiny networks of its classes, in float32; the whole state."""
+def rehearse(
+    name: str, inputs: str, folder: str, overrides: list[str], iterations: int = 2, to_the_end: bool = False
+) -> dict[str, Tensor]:
+    """Some iterations of a production recipe on tiny networks of its classes, in float32; the whole state.
+
+    to_the_end: as a run of its own, with logs, previews and a bundle.
+    """
     recipe = load_recipe(
         ROOT / f"recipes/{name}.yaml", ["precision=float32", "fake_per_student=1", "fake_warmup=0", *overrides]
     )
     recipe = shrunk(recipe, Path(inputs)).model_copy(
         update={"iterations": iterations, "log_every": 1, "output": f"{folder}/out"}
     )
-    return _distil(Trainer(DistillationTask(recipe), Path(folder), quiet=True), iterations)
+    made = Trainer(DistillationTask(recipe), Path(folder), quiet=True)
+    return _distil(made, None if to_the_end else iterations)
 
 
 def _distil(made: Trainer, until: int | None) -> dict[str, Tensor]:
