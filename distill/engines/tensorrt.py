@@ -200,11 +200,7 @@ class TensorRtEngine:
     def _prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> _Plan:
         for name, shape in shapes.items():
             least, _, greatest = (tuple(side) for side in self._engine.get_tensor_profile_shape(name, 0))
-            if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, greatest, strict=True)):
-                raise ValueError(
-                    f"{name} has shape {shape}; {self._path.name} takes {least} to {greatest}, "
-                    "build the engine with other --rows or sizes"
-                )
+            check_shape(f"{self._path.name}: {name}", shape, least, greatest)
         context = self._kernels.context() if self._kernels else self._engine.create_execution_context()
         if context is None:
             raise CudaError(f"no memory for {self._path.name} at {dict(shapes)}: {self._log.reason}")
@@ -212,6 +208,14 @@ class TensorRtEngine:
         if self._kernels:
             self._kernels.save()
         return plan
+
+
+def check_shape(what: str, shape: tuple[int, ...], least: tuple[int, ...], greatest: tuple[int, ...]) -> None:
+    """Raise ValueError for a shape outside of a profile, before TensorRT does something unnamed with it."""
+    if len(shape) != len(least) or not all(a <= b <= c for a, b, c in zip(least, shape, greatest, strict=True)):
+        raise ValueError(
+            f"{what} has shape {shape} and the engine takes {least} to {greatest}; build it with other --rows or sizes"
+        )
 
 
 class RtxKernels:

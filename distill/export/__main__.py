@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="onnx: of the denoiser and decoder, from the float32 graphs; tensorrt: of the ONNX graphs to build",
     )
+    parser.add_argument("--dry-run", action="store_true", help="onnx: sizes and time; nothing is written")
     parser.add_argument("--check", action="store_true", help="tensorrt: run the engines on this machine's GPU")
     parser.add_argument(
         "--rows", type=int, default=8, help="tensorrt: greatest batch of an engine (default: %(default)s)"
@@ -58,6 +59,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("rank", "rows"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; give at least 1")
+    if options.dry_run and (options.to, options.precision) != ("onnx", "float32"):
+        parser.error("--dry-run is for --to onnx in float32; the others work from its graphs")
     if options.check and options.to != "tensorrt":
         parser.error(f"--check is for --to tensorrt; --to {options.to} always compares what it writes with torch")
     return options
@@ -74,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        if options.dry_run:
+            return _dry_run(options.bundle)
         paths = _publish(options) if options.to in PUBLISHED else _compile(options)
     except ModuleNotFoundError as error:
         print(f"export needs {error.name}; run: pip install -e '.[train]'", file=sys.stderr)
@@ -83,6 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for path in paths:
         print(f"wrote {path}")
+    return 0
+
+
+def _dry_run(path: str) -> int:
+    from distill.export.estimate import estimate, report
+    from distill.export.graphs import load_graphs
+
+    bundle = Bundle.open(path)
+    specs = load_graphs(bundle.path, bundle.manifest)
+    print("\n".join(report(estimate(name, spec.module) for name, spec in specs.items())))
     return 0
 
 

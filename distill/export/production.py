@@ -29,7 +29,7 @@ from distill.families.published import USUAL, Configs
 from distill.sampling import Flow, ScaledLinear, student_table
 
 NAMES = ("sdxl", "sd15", "sit", "wan")
-SIZES = ((64, 64), (128, 64))
+SIZES = ((64, 128), (192, 64))
 """Of the comparison, (width, height) in pixels; both sides are free in the graphs."""
 DEFAULT_LAYERS = 1
 
@@ -70,7 +70,8 @@ def production_graphs(family: str, configs: Configs, device: str = "cpu") -> Ite
     manifest = made_up(family, configs)
     with torch.device(device):
         network = _network(family, configs)
-    yield step_graph(_step(family, network, manifest), manifest, _conditioning(family, configs), 1000)
+    classes = configs.get("transformer", {}).get("num_embeds_ada_norm", 0)
+    yield step_graph(_step(family, network, manifest), manifest, _conditioning(family, configs), classes)
     del network
     with torch.device(device):
         if family != "wan":
@@ -87,14 +88,15 @@ def made_up(family: str, configs: Configs) -> Manifest:
     prediction = "flow" if flow else "epsilon"
     samplers = {n: Sampler.of(student_table(schedule, prediction, schedule.grid(n))) for n in (1, 4)}
     channels = 16 if family == "wan" else 4
-    side = configs["transformer"]["sample_size"] * 8 if family == "sit" else 0
+    stride = 8 if family == "wan" else 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    side = configs["transformer"]["sample_size"] * stride if family == "sit" else 0
     return Manifest(
         name=f"{family}-random",
         family=family,
-        task={"wan": "text-to-video", "sit": "class-to-image"}.get(family, "text-to-image"),  # type: ignore[arg-type]
+        task={"wan": "text-to-video", "sit": "class-to-image"}.get(family, "text-to-image"),
         prediction=prediction,
         latent_channels=channels,
-        latent_stride=8,
+        latent_stride=stride,
         sizes=((side, side),) if side else SIZES,  # DiT's position embedding is of one size
         frames=(5,) if family == "wan" else (),
         frame_stride=4 if family == "wan" else 1,

@@ -117,6 +117,13 @@ def profile_shapes(
     ranges = {"batch": rows}
     for axis, sides in (("width", [w for w, _ in manifest.sizes]), ("height", [h for _, h in manifest.sizes])):
         ranges[axis] = (min(sides) // stride, sides[0] // stride, max(sides) // stride)
+    clips = [manifest.latent_frames(count) for count in manifest.frames]
+    if clips:
+        ranges["frames"] = (1, clips[0], max(clips))
+    for name, shape in source.inputs.items():
+        unknown = [side for side in shape if isinstance(side, str) and side not in ranges]
+        if unknown:
+            raise ExportError(f"{source.file}: {name} has a free axis {unknown[0]!r}; export clips of one size")
     return {
         name: tuple(tuple(side if isinstance(side, int) else ranges[side][at] for side in shape) for at in range(3))
         for name, shape in source.inputs.items()

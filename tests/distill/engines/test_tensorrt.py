@@ -12,7 +12,7 @@ import pytest
 from distill.bundle import Bundle, Engine, Target, write_manifest
 from distill.engines import tensorrt as module
 from distill.engines.cuda import CudaUnavailable, Gpu
-from distill.engines.tensorrt import EngineRefused, fitting, mismatch, package, platform_name, runs_on
+from distill.engines.tensorrt import EngineRefused, check_shape, fitting, mismatch, package, platform_name, runs_on
 
 H100, RTX4090, T4 = Gpu("H100", (9, 0)), Gpu("RTX 4090", (8, 9)), Gpu("T4", (7, 5))
 VERSION = "1.7.1.116"
@@ -67,6 +67,16 @@ def test_an_engine_of_this_machine_is_not_refused() -> None:
 def test_a_mismatch_names_both_sides_and_the_way_out(changes: dict[str, str], message: str) -> None:
     reason = mismatch(engine(**changes), VERSION, RTX4090, "a" * 64)
     assert reason is not None and message in reason
+
+
+@pytest.mark.parametrize("shape", [(9, 4, 16, 16), (0, 4, 16, 16), (1, 4, 16, 24), (4, 16, 16)])
+def test_a_shape_outside_of_the_profile_is_named(shape: tuple[int, ...]) -> None:
+    least, greatest = (1, 4, 16, 16), (8, 4, 16, 16)
+    check_shape("step.engine: latents", (8, 4, 16, 16), least, greatest)
+    with pytest.raises(
+        ValueError, match=r"step\.engine: latents has shape .* takes \(1, 4, 16, 16\) to .*; build it with"
+    ):
+        check_shape("step.engine: latents", shape, least, greatest)
 
 
 def test_a_package_that_is_missing_or_broken_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,6 +53,10 @@ def test_profiles_follow_the_declared_sizes(manifest: Manifest) -> None:
     assert profile_shapes(source(("batch", 4, 16, 16)), manifest) == {
         "latents": ((1, 4, 16, 16), (4, 4, 16, 16), (8, 4, 16, 16))
     }
+    clips = manifest.model_copy(update={"frames": (17, 33), "frame_stride": 4, "fps": 8.0})
+    assert profile_shapes(source(("batch", 4, "frames", 16, 16)), clips)["latents"][2] == (8, 4, 9, 16, 16)
+    with pytest.raises(ExportError, match=r"latents has a free axis 'height_0'; export clips of one size"):
+        profile_shapes(source(("batch", 4, "height_0", 16)), clips)
     with pytest.raises(ExportError, match=r"rows is \(2, 1, 8\); give least <= usual <= greatest"):
         profile_shapes(source(("batch", 4, 16, 16)), manifest, (2, 1, 8))
 
