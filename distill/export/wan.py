@@ -156,7 +156,7 @@ class WanNextDecoder(WanDecoder):
 
     first = False
 
-    def forward(self, latents: Tensor, *past: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, latents: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         return self._decode(latents, Memory(past))
 
 
