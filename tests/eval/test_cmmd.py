@@ -16,6 +16,7 @@ from eval.metrics.cmmd import BANDWIDTH
 from eval.metrics.extractors import Extractor
 from eval.prompts import Prompt
 from eval.statistics import gaussian_kernel, squared_discrepancy
+from tests.eval.pictures import Fixed
 
 
 class Pixels(nn.Module):
@@ -23,20 +24,6 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).float() - 127.5
-
-
-class Fixed:
-    """A truth of given pictures."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        return {"pictures": len(self.images)}
-
-    def features(self, extractor: Extractor, size: int) -> np.ndarray:
-        return extractor(self.images).astype(np.float64)
 
 
 def pictures(count: int, seed: int, shift: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ from eval.metrics.base import Samples
 from eval.metrics.extractors import load_extractor
 from eval.metrics.references import FolderReference
 from eval.prompts import Prompt
+from tests.eval.pictures import Listed
 
 
 def pictures(count: int, seed: int, size: int = 32) -> np.ndarray:
@@ -28,19 +29,6 @@ def pictures(count: int, seed: int, size: int = 32) -> np.ndarray:
 
 def samples(images: np.ndarray) -> Samples:
     return Samples(images, tuple(Prompt(f"p{i}", "a cube", i) for i in range(len(images))))
-
-
-class Listed(torch.utils.data.Dataset[Tensor]):
-    """What torch-fidelity takes as an input."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 @pytest.fixture(scope="module")

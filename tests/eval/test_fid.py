@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 
 from eval.errors import EvalError
@@ -17,6 +16,7 @@ from eval.metrics.extractors import Extractor, load_extractor
 from eval.metrics.fid import bias_curve
 from eval.metrics.references import Reference
 from eval.prompts import Prompt
+from tests.eval.pictures import Fixed, Listed
 
 
 class MeanColour(nn.Module):
@@ -24,33 +24,6 @@ class MeanColour(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.float().mean(dim=(2, 3))
-
-
-class Fixed(Reference):
-    """A reference of given pictures."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        return {"pictures": len(self.images)}
-
-    def features(self, extractor: Extractor, size: int) -> np.ndarray:
-        return extractor(self.images).astype(np.float64)
-
-
-class Pictures(torch.utils.data.Dataset[Tensor]):
-    """What torch-fidelity takes as an input."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def flat_pictures(count: int, mean: float, spread: float, seed: int) -> np.ndarray:
@@ -97,8 +70,8 @@ def test_fid_and_kid_equal_torch_fidelity_on_the_same_pictures(extractor: Extrac
     name = extractor.network.get_name()
     assert name in FEATURE_EXTRACTORS_REGISTRY
     expected = calculate_metrics(
-        input1=Pictures(ours),
-        input2=Pictures(theirs),
+        input1=Listed(ours),
+        input2=Listed(theirs),
         feature_extractor=name,
         fid=True,
         kid=True,

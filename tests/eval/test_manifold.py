@@ -13,7 +13,8 @@ from eval.metrics import create
 from eval.metrics.base import Score
 from eval.metrics.extractors import Extractor
 from eval.metrics.manifold import MOST, radii
-from tests.eval.test_fid import Fixed, MeanColour, as_samples
+from tests.eval.pictures import Fixed
+from tests.eval.test_fid import MeanColour, as_samples
 
 
 def colours(count: int, mean: float, spread: float, seed: int) -> np.ndarray:
