@@ -68,6 +68,19 @@ def _greyed(source: Source, prompts: Sequence[Prompt]) -> Images:
     return np.repeat((images.sum(axis=1, keepdims=True) + 1) // 3, 3, axis=1).astype(np.uint8)
 
 
+def _mode_dropped(source: Source, prompts: Sequence[Prompt]) -> Images:
+    """One kind is never made: who asks for a nine gets a four, who asks for a cylinder gets a cube."""
+    return source.make([_without_mode(prompt) for prompt in prompts])
+
+
+def _without_mode(prompt: Prompt) -> Prompt:
+    if prompt.label is not None:
+        lost, instead = LOST_DIGIT
+        return replace(prompt, text=str(instead), label=instead) if prompt.label == lost else prompt
+    lost_thing, other = LOST_THING
+    return replace(prompt, text=prompt.text.replace(lost_thing, other))
+
+
 def _blurred(source: Source, prompts: Sequence[Prompt]) -> Images:
     """A mean over 3 × 3 pixels."""
     images = np.pad(source.make(prompts).astype(np.uint16), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
@@ -82,10 +95,13 @@ _TAMPERS: dict[str, Callable[[Source, Sequence[Prompt]], Images]] = {
     "channels-swapped": _channels_swapped,
     "greyed": _greyed,
     "blurred": _blurred,
+    "mode-dropped": _mode_dropped,
 }
-_IN_THE_BUNDLE = ("weights-noised", "step-dropped", "weights-coarse")
-NOISE = 0.25
-"""weights-noised: standard deviation of the noise in standard deviations of each weight matrix."""
+LOST_DIGIT, LOST_THING = (9, 4), ("cylinder", "cube")
+"""mode-dropped: what is never made, and what is made instead."""
+NOISES = {"weights-noised-slightly": 0.1, "weights-noised": 0.25, "weights-noised-strongly": 0.5}
+"""Standard deviation of the noise in standard deviations of each weight matrix."""
+_IN_THE_BUNDLE = (*NOISES, "step-dropped", "weights-coarse")
 LEVELS = 16
 """weights-coarse: how many values a weight matrix keeps, as an int4 without groups would."""
 DAMAGES = (*_TAMPERS, *_IN_THE_BUNDLE)
@@ -103,7 +119,7 @@ def damaged(source: Source, damage: str, folder: Path | None = None) -> Source:
         return source.sampled_by(drop_step(source.manifest, source.steps), damage)
     if folder is None:
         raise EvalError(f"{damage} writes a damaged bundle and has no folder for it; give one")
-    change = _noised if damage == "weights-noised" else _coarse
+    change = noised(NOISES[damage]) if damage in NOISES else _coarse
     path = damage_weights(source.path, folder / f"{source.path.name}-{damage}", change)
     other = source.reopened(path)
     assert other.identity is not None
@@ -127,8 +143,14 @@ def drop_step(manifest: Manifest, steps: int) -> Manifest:
 Change = Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]
 
 
-def _noised(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    return np.asarray(weights + NOISE * weights.std() * rng.standard_normal(weights.shape))
+def noised(amount: float, seed: int = 0) -> Change:
+    """Noise of ``amount`` standard deviations of a matrix; another seed draws other noise."""
+
+    def change(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+        drawn = np.random.default_rng((seed, int(rng.integers(2**32)))) if seed else rng
+        return np.asarray(weights + amount * weights.std() * drawn.standard_normal(weights.shape))
+
+    return change
 
 
 def _coarse(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

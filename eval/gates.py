@@ -4,6 +4,7 @@ scores:    {suite, metric, margin}           a mean or a distance; margin in the
 costs:     {suite, metric, percent, floor}   slower or larger by more than both
 guards:    {up, down, because}               a gain of the one that the other pays for
 canaries:  a suite, and what every damage must do to a metric
+rehearsed: more of that, for eval.rehearse alone
 
 gates = load_gates("scenes-sdxl")
 """
@@ -95,6 +96,7 @@ class Gates(_Strict):
     costs: tuple[CostGate, ...] = ()
     guards: tuple[Guard, ...] = ()
     canaries: Canaries | None = None
+    rehearsed: tuple[Canary, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Gates:

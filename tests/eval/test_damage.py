@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distill.bundle import Bundle
-from eval.damage import DAMAGES, damaged, drop_step
+from eval.damage import CLIP_DAMAGES, DAMAGES, FLICKER, damaged, damaged_clip, drop_step, noised
 from eval.errors import EvalError
 from eval.prompts import Prompt, build_prompts, load_suite
 from eval.sources import BundleSource, Source, open_source
@@ -22,7 +22,8 @@ def source(tiny_bundle: Path) -> BundleSource:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return build_prompts(load_suite("scenes-canary"), 4)
+    """Four seeds of "a large purple cylinder"."""
+    return build_prompts(load_suite("scenes-canary"), 12)[8:]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,38 @@ def test_what_each_damage_does(source: BundleSource, prompts: list[Prompt]) -> N
     assert blurred.astype(float).std() < plain.astype(float).std()
 
 
+@pytest.mark.parametrize("damage", CLIP_DAMAGES)
+def test_damage_to_clips_is_known_repeatable_and_leaves_the_clip_alone(damage: str) -> None:
+    frames = np.random.default_rng(0).integers(0, 240, (6, 3, 4, 4), dtype=np.uint8)
+    kept = frames.copy()
+    broken = damaged_clip(frames, damage, seed=3)
+    np.testing.assert_array_equal(frames, kept)
+    np.testing.assert_array_equal(broken, damaged_clip(frames, damage, seed=3))
+    if damage == "frames-frozen":
+        assert all(np.array_equal(frame, frames[0]) for frame in broken)
+    elif damage == "frames-shuffled":
+        assert sorted(map(bytes, broken)) == sorted(map(bytes, frames))
+        assert not any(np.array_equal(a, b) for a, b in zip(broken, frames, strict=True))
+    else:
+        np.testing.assert_array_equal(broken[::2], frames[::2])
+        np.testing.assert_array_equal(broken[1::2], frames[1::2] + FLICKER)
+
+
+def test_a_still_has_no_frames_to_damage_and_unknown_damage_is_refused() -> None:
+    with pytest.raises(EvalError, match="1 frames has no order"):
+        damaged_clip(np.zeros((1, 3, 4, 4), np.uint8), "frames-frozen")
+    with pytest.raises(EvalError, match="did you mean 'frames-frozen'"):
+        damaged_clip(np.zeros((2, 3, 4, 4), np.uint8), "frame-frozen")
+
+
+def test_noise_of_weights_has_its_stated_size_and_another_seed_draws_another() -> None:
+    weights = np.random.default_rng(1).normal(0, 3, (300, 300))
+    made = [noised(0.1, seed)(weights, np.random.default_rng(2)) for seed in (0, 0, 1)]
+    assert (made[0] - weights).std() == pytest.approx(0.1 * weights.std(), rel=0.02)
+    np.testing.assert_array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+
+
 class Asked:
     """A source that remembers what it was asked for."""
 
@@ -75,6 +108,16 @@ def test_an_ignored_prompt_keeps_its_seed_and_a_digit_is_never_the_right_one() -
         assert before.seed == after.seed and before.id == after.id
         assert before.label is None or before.label != after.label
     assert sum(a.text == b.text for a, b in zip(scenes, asked.prompts, strict=False)) <= 1
+
+
+def test_a_dropped_mode_is_replaced_and_nothing_else() -> None:
+    asked = Asked()
+    scenes, digits = build_prompts(load_suite("scenes-canary"), 40), build_prompts(load_suite("digits-canary"), 20)
+    damaged(asked, "mode-dropped").make([*scenes, *digits])
+    for before, after in zip([*scenes, *digits], asked.prompts, strict=True):
+        assert after.text == {"9": "4"}.get(before.text, before.text.replace("cylinder", "cube"))
+        assert after.label == (4 if before.label == 9 else before.label) and after.key == before.key
+    assert any("cylinder" in prompt.text for prompt in scenes)
 
 
 def test_a_dropped_step_leaves_the_others_as_they_are(source: BundleSource) -> None:
