@@ -14,7 +14,9 @@ from benchmarks.train_step import main, out_of_memory, pass_costs, peak_of, spre
 from benchmarks.untrained import Untrained
 from distill.config import load_recipe
 from distill.dryrun import plan
+from distill.families.published import SIT_XL_2
 from distill.rewards.clip import ClipReward
+from distill.shrink import save_tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--shrink", "--repeats", "1", "--batch", "4", "--set", "steps=[1]", "fake_per_student=1", "fake_warmup=0"]
@@ -41,6 +43,21 @@ def test_a_rehearsal_measures_both_methods_by_phase(tmp_path: Path, capsys: pyte
         assert all(part["seconds"][0] > 0 and part["mfu"] is None for part in row["phases"].values())
         assert row["seconds"][0] >= sum(part["seconds"][0] for part in row["phases"].values())
     assert "dmd2       batch 4" in capsys.readouterr().out
+
+
+def test_a_folder_of_configs_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks and reward are made with random weights, as at full size."""
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 56}
+    monkeypatch.setattr("benchmarks.untrained.DINOV2_LARGE", {**tiny, "num_labels": 1000})
+    save_tiny_teacher("sit", SIT_XL_2, tmp_path / "teacher")
+    for path in (tmp_path / "teacher").rglob("*.safetensors"):
+        path.unlink()
+    out = tmp_path / "out.json"
+    words = [word for word in SMALL if word != "--shrink"]
+    assert main(["--family", "sit", "--config", str(tmp_path / "teacher"), *words, "--json", str(out)]) == 0
+    (entry,) = json.loads(out.read_text()).values()
+    assert [row["method"] for row in entry["rows"]] == ["dmd2", "amd"] and not entry["shrunk"]
+    assert entry["stand_ins"] == {} and all(row["seconds"][0] > 0 for row in entry["rows"])
 
 
 def test_operations_are_those_of_the_plan(tmp_path: Path) -> None:
