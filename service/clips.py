@@ -83,7 +83,7 @@ class Stream:
         self._stream, self._count = stream, 0
 
     def add(self, frame: Images) -> None:
-        picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = av.VideoFrame.from_ndarray(yuv420(frame), format="yuv420p")
         picture.pts = self._count
         self._count += 1
         self._file.mux(self._stream.encode(picture))
@@ -96,6 +96,20 @@ class Stream:
         """After ``finish`` nothing; without it, what FFmpeg says of the rest of a broken file is no news."""
         with contextlib.suppress(OSError, ValueError):
             self._file.close()
+
+
+def yuv420(frame: Images) -> Images:
+    """(H, W, 3) uint8 with even sides to the planes of yuv420p, (3·H/2, W) uint8: BT.601, limited range.
+
+    In whole numbers, as FFmpeg's own conversion takes other ways by where in memory a frame lies, with other last bits.
+    """
+    height, width, _ = frame.shape
+    red, green, blue = (frame[..., k].astype(np.int32) for k in range(3))
+    luma = ((66 * red + 129 * green + 25 * blue + 128) >> 8) + 16
+    r, g, b = (x.reshape(height // 2, 2, width // 2, 2).sum((1, 3)) for x in (red, green, blue))
+    chroma = (((-38 * r - 74 * g + 112 * b + 512) >> 10) + 128, ((112 * r - 94 * g - 18 * b + 512) >> 10) + 128)
+    planes = np.concatenate([plane.ravel() for plane in (luma, *chroma)])
+    return planes.astype(np.uint8).reshape(height * 3 // 2, width)
 
 
 class Gif:

@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import httpx
+import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -105,6 +106,15 @@ def events_of(text: str) -> list[tuple[int | None, str, dict[str, Any]]]:
         if "event" in lines:
             found.append((int(lines["id"]) if "id" in lines else None, lines["event"], json.loads(lines["data"])))
     return found
+
+
+def alike(clip: bytes, other: bytes) -> bool:
+    """Whether two clips show the same."""
+    both = []
+    for data in (clip, other):
+        with av.open(io.BytesIO(data)) as container:
+            both.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+    return both[0].shape == both[1].shape and float(np.abs(both[0].astype(int) - both[1].astype(int)).mean()) < 1
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -281,7 +291,7 @@ def test_a_clip_at_once_is_that_of_a_job(http: TestClient) -> None:
     answer = http.post("/v1/videos/sync", json={"prompt": "a red cube", "seed": 7, "steps": 2})
     assert answer.headers["content-type"] == "video/mp4"
     assert (answer.headers["x-seed"], answer.headers["x-num-frames"], answer.headers["x-fps"]) == ("7", "5", "8")
-    assert answer.content == http.get(f"/v1/videos/{job['id']}/content").content
+    assert alike(answer.content, http.get(f"/v1/videos/{job['id']}/content").content)
 
 
 def test_estimates_models_and_the_queue_know_videos(http: TestClient) -> None:
@@ -376,4 +386,4 @@ def test_every_job_is_accounted_for_after_the_worker_is_killed(client: openai.Op
     assert [client.videos.retrieve(job.id).status for job in jobs] == ["completed"] * len(jobs)
     first = client.videos.download_content(jobs[0].id).content
     again = client.videos.create_and_poll(prompt="a blue cube", extra_body={"seed": 0, "num_frames": 21})
-    assert client.videos.download_content(again.id).content == first
+    assert alike(client.videos.download_content(again.id).content, first)
