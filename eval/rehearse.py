@@ -2,7 +2,7 @@
 
     python -m eval.rehearse bundles/digits-sit --suite digits-canary --gates digits-sit --nights 20
 
-A clean night measures the same bundle with noise of 0.002 standard deviations on its weights, another one every night:
+A clean night measures the same bundle with noise of 0.0005 standard deviations on its weights, another one every night:
 pictures differ, quality does not. A damaged night measures it with one damage of eval.damage. Both are judged as real
 nights are, by the gates' margins and with a second panel of fresh prompts and seeds; only the suite is smaller. What a
 damage must do to which metric stands in the gates, under canaries and rehearsed. Exit codes: 0 no false alarm and every
@@ -34,7 +34,7 @@ from eval.sources import BundleSource, Source
 from eval.statistics import wilson
 from eval.store import Store
 
-CLEAN = 0.002
+CLEAN = 0.0005
 """Noise on the weights of a clean night, in standard deviations of each matrix."""
 _EPOCH, _PANELS = "2026-01-{:02}", 14
 """Panels are chosen by a night's date: two for each of 14 clean nights in turn, and two for damaged ones."""
