@@ -119,7 +119,10 @@ def test_unknown_keys_are_refused_with_the_nearest_spelling(tree: dict[str, Any]
         (teacher(sampling_steps=0), "sampling_steps: Input should be greater than or equal to 1 (got 0)"),
         (teacher(model={"family": "dit"}), "model.family is 'dit'; use one of sdxl, wan, sit"),
         (teacher(model={"width": 8}), "model.family is None; use one of sdxl, wan, sit"),
-        ({"task": "paint"}, "task is 'paint'; use one of vae, video-vae, clip, text, reward, video-reward, labeller, motion, diffusion, distill"),
+        (
+            {"task": "paint"},
+            "task is 'paint'; use one of vae, video-vae, clip, text, reward, video-reward, labeller, motion, diffusion, distill",
+        ),
         ({"name": "x"}, "task is None; use one of vae, "),
         (distil(student={}), "student.learning_rate: Field required"),
     ],

@@ -16,7 +16,7 @@ from distill.rewards.weights import WeightsError
 def test_folders_without_a_reward_are_refused(tmp_path: Path, config: dict[str, Any] | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds no reward; give a folder with a CLIPModel, a video reward or a digit classifier"):
+    with pytest.raises(ValueError, match="holds no reward; give a folder with a CLIPModel, a video reward or"):
         load_reward(tmp_path)
 
 
