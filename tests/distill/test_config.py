@@ -121,8 +121,8 @@ def test_unknown_keys_are_refused_with_the_nearest_spelling(tree: dict[str, Any]
         (teacher(model={"width": 8}), "model.family is None; use one of sdxl, wan, sit"),
         (
             {"task": "paint"},
-            "task is 'paint'; use one of vae, video-vae, clip, text, reward, video-reward, labeller, motion, diffusion, "
-            "distill",
+            "task is 'paint'; use one of vae, video-vae, clip, text, reward, video-reward, labeller, motion, "
+            "diffusion, distill",
         ),
         ({"name": "x"}, "task is None; use one of vae, "),
         (distil(student={}), "student.learning_rate: Field required"),
