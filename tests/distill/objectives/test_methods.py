@@ -51,6 +51,7 @@ def test_every_section_of_a_recipe_has_its_hook_and_its_words() -> None:
         "fake_per_student", "ttur", "reuse_rollout", "fake_warmup", "time_range", "sampler", "student", "fake",
         "discriminator", "advantage", "safeguards", "heldout_rewards", "telemetry", "parallel", "adapters",
         "activation_checkpointing", "initialise_from", "family", "size", "frames", "shift", "timesteps",
+        "embedded_guidance",
     }  # fmt: skip
     assert fields - plain == set(HOOKS)
     for hook in HOOKS.values():

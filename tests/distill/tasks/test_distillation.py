@@ -403,6 +403,26 @@ def test_memories_are_resumed(models: Path, tmp_path: Path) -> None:
     assert gaps[0] == gaps[1] != 0.0
 
 
+@pytest.mark.parametrize(
+    "more", [STOCHASTIC, ["shared_teacher={}", "dynamic_renoising={}", "reward_gradient={weight: 0.01}"]]
+)
+def test_what_excludes_other_hooks_is_resumed_alike(models: Path, tmp_path: Path, more: list[str]) -> None:
+    features = [text.replace("REWARD", f"{models}/digits-reward") for text in more]
+    recipe = [*rewarded(models), *features]
+    whole, parts = trainer(models, tmp_path / "whole", *recipe), trainer(models, tmp_path / "parts", *recipe)
+    for _ in range(3):
+        step(whole)
+        step(parts)
+    parts.save()
+    resumed = trainer(models, tmp_path / "parts", *recipe)
+    assert resumed.resume() == 3
+    for t in (whole, resumed):
+        for _ in range(2):
+            step(t)
+    a, b = whole._tensors(), resumed._tensors()
+    assert a.keys() == b.keys() and [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
 def test_states_of_runs_without_memories_keep_their_names(models: Path, tmp_path: Path) -> None:
     assert not any("network" in name for name in trainer(models, tmp_path)._tensors())
 
