@@ -79,5 +79,5 @@ def test_the_gradient_reaches_the_pixels_and_not_the_network(classifier: DigitCl
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give a folder with a CLIPModel or a digit classifier"):
+    with pytest.raises(ValueError, match="give a folder with a CLIPModel, a video reward"):
         load_perception(tmp_path)
