@@ -143,7 +143,9 @@ def test_amd_trains_a_video_on_ranks_that_share_it_as_on_one(
     if size == 2:
         assert (tmp_path / "out/bundle.json").is_file()
         for one, two in zip(jobs.stream(folder / "one"), jobs.stream(tmp_path), strict=True):
-            assert two == pytest.approx(one, rel=5e-3, abs=1e-5)
+            # Matching starts at 0, where fake score and teacher are one: its angle is that of what rounding leaves.
+            angles = {"dm_ca_cos": pytest.approx(one.get("dm_ca_cos", 0.0), abs=2e-3)} if "dm_ca_cos" in one else {}
+            assert two == {name: pytest.approx(value, rel=5e-3, abs=1e-5) for name, value in one.items()} | angles
 
 
 @pytest.fixture(scope="module")
