@@ -51,7 +51,7 @@ METHODS = {
 }  # fmt: skip
 MAY_WAIT = {
     "telemetry/sink.py:fetched": "once per iteration: are losses and gradients finite?",
-    "objectives/regression.py:pair": "pairs are kept on the host, once each",
+    "objectives/regression.py:_follow": "pairs are kept on the host, once each",
     "objectives/safeguards.py:after_iteration": "statistics of a whole iteration",
     "objectives/deviation.py:after_iteration": "statistics of a whole iteration",
     "objectives/fdistill.py:after_iteration": "statistics of a whole iteration",
