@@ -120,14 +120,19 @@ class VaeModel(Strict):
     norm_num_groups: int = 8
 
 
-class VaeRecipe(Base):
+class Reconstruction(Base):
+    """What autoencoders of pictures and of clips minimise."""
+
+    kl_weight: float = Field(1e-6, ge=0)
+    gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
+    detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
+
+
+class VaeRecipe(Reconstruction):
     task: Literal["vae"]
     data: SceneData = SceneData()
     model: VaeModel
     optimizer: Optimizer
-    kl_weight: float = Field(1e-6, ge=0)
-    gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
-    detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
 
 
 class VideoVaeModel(Strict):
@@ -137,15 +142,12 @@ class VideoVaeModel(Strict):
     res_blocks: int = 1
 
 
-class VideoVaeRecipe(Base):
+class VideoVaeRecipe(Reconstruction):
     task: Literal["video-vae"]
     data: SceneData = SceneData(count=4_000, frames=17)
     window: int = Field(9, ge=5, description="frames of a clip that one sample sees, 4·n + 1")
     model: VideoVaeModel = VideoVaeModel()
     optimizer: Optimizer
-    kl_weight: float = Field(1e-6, ge=0)
-    gradient_weight: float = Field(1.0, ge=0, description="L1 on finite differences, against blur")
-    detail_weight: float = Field(0.0, ge=0, description="λ of the weight 1 + λ·(local deviation) on errors")
 
 
 class ClipTower(Strict):

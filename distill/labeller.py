@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,12 +38,36 @@ class Detection:
     score: float
 
 
-class Labeller(nn.Module):
+class Judge(nn.Module):
+    """A network of one width that lies in a folder: model.safetensors in float16, and config.json with its accuracy."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read it in float32, frozen."""
+        folder = Path(path)
+        judge = cls(json.loads((folder / "config.json").read_text())["width"])
+        state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+        judge.load_state_dict(state)
+        return judge.eval().requires_grad_(False)
+
+    def save(self, path: str | Path, accuracy: dict[str, float]) -> None:
+        """Write it, with the accuracy that was measured."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"width": self.width, "accuracy": accuracy}, indent=1) + "\n")
+
+
+class Labeller(Judge):
     """A convolutional detector with one prediction per 4 × 4 pixels: objectness, attributes, ground position."""
 
     def __init__(self, width: int = 48) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.SiLU(), _Residual(width), _Residual(width))
         self.body = nn.Sequential(
             nn.Conv2d(width, 2 * width, 3, 2, 1), nn.SiLU(), *(_Residual(2 * width, d) for d in (1, 2, 1, 2, 1))
@@ -72,24 +97,6 @@ class Labeller(nn.Module):
                 x, z = cell["position"].tolist()
                 found[start + b].append(Detection(**named, x=x, z=z, score=float(cell["object"].sigmoid())))
         return found
-
-    @classmethod
-    def load(cls, path: str | Path) -> Labeller:
-        """Read model.safetensors and config.json from a folder."""
-        folder = Path(path)
-        config = json.loads((folder / "config.json").read_text())
-        labeller = cls(config["width"])
-        state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-        labeller.load_state_dict(state)
-        return labeller.eval().requires_grad_(False)
-
-    def save(self, path: str | Path, accuracy: dict[str, float]) -> None:
-        """Write the weights in float16 and config.json with the measured accuracy."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"width": self.width, "accuracy": accuracy}, indent=1) + "\n")
 
 
 class _Residual(nn.Module):

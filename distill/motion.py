@@ -8,15 +8,13 @@ It is the judge of motion accuracy, a held-out metric: no model is ever trained 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.data.world import CAMERA_MOTIONS, COLOURS, MOTIONS, SHAPES, Scene
+from distill.labeller import Judge
 
 MOVEMENTS = (*MOTIONS, *CAMERA_MOTIONS[1:])
 ANSWERS: tuple[tuple[str, tuple[str, ...]], ...] = (("motion", MOVEMENTS), ("shape", SHAPES), ("colour", COLOURS))
@@ -66,12 +64,11 @@ class ClipTrunk(nn.Module):
         return -(-frames // 4), -(-size // 8), -(-size // 8)
 
 
-class MotionLabeller(nn.Module):
+class MotionLabeller(Judge):
     """Reads a maximum and a mean over all places and times."""
 
     def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.trunk = ClipTrunk(width)
         self.read = nn.Linear(8 * width, sum(len(values) for _, values in ANSWERS))
 
@@ -94,23 +91,6 @@ class MotionLabeller(nn.Module):
                 motion, *mover = (values[i] for (_, values), i in zip(ANSWERS, row, strict=True))
                 found.append(Movement(motion, *mover) if motion in MOTIONS[1:] else Movement(motion))
         return found
-
-    @classmethod
-    def load(cls, path: str | Path) -> MotionLabeller:
-        """Read model.safetensors and config.json from a folder."""
-        folder = Path(path)
-        labeller = cls(json.loads((folder / "config.json").read_text())["width"])
-        state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-        labeller.load_state_dict(state)
-        return labeller.eval().requires_grad_(False)
-
-    def save(self, path: str | Path, accuracy: dict[str, float]) -> None:
-        """Write the weights in float16 and config.json with the measured accuracy."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"width": self.width, "accuracy": accuracy}, indent=1) + "\n")
 
 
 def _conv(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.Conv3d:
