@@ -6,11 +6,13 @@ python -m distill.run recipes/scenes-video-vae.yaml
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 
 from distill.config import VideoVaeRecipe
@@ -41,6 +43,23 @@ def new_video_vae(recipe: VideoVaeRecipe) -> Any:
     )
 
 
+def _rms_norm(self: Any, x: Tensor) -> Tensor:
+    power = (x * x).sum(1, keepdim=True, dtype=torch.float32)
+    inverse: Tensor = (self.scale * torch.rsqrt(power + 1e-12)).to(x.dtype)
+    return x * inverse * self.gamma.to(x.dtype)
+
+
+def with_fused_norms(vae: Any) -> Any:
+    """The same autoencoder, whose norms over channels are x·√C/‖x‖·γ in two passes over x instead of seven.
+
+    diffusers normalises in float32 by way of a division: on a CPU a third of a training step in bfloat16.
+    """
+    for module in vae.modules():
+        if isinstance(module, WanRMS_norm) and module.channel_first:
+            module.forward = MethodType(_rms_norm, module)
+    return vae
+
+
 def frames_of(videos: Tensor) -> Tensor:
     """Videos (B, 3, F, H, W) as pictures (B·F, 3, H, W)."""
     return videos.transpose(1, 2).flatten(0, 1)
@@ -52,7 +71,7 @@ class VideoVaeTask:
     def __init__(self, recipe: VideoVaeRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.vae = new_video_vae(recipe)
+        self.vae = with_fused_norms(new_video_vae(recipe))
         self.vae.train().to(device())
         self.roles: dict[str, nn.Module] = {"vae": self.vae}
         self.optimizers = {"vae": recipe.optimizer}
