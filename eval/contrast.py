@@ -175,7 +175,7 @@ def draw(measures: Sequence[Measure], variants: Sequence[str], out: Path) -> Non
         for i in range(0, len(own), _ACROSS)
     ]
     columns = max(map(len, rows))
-    size = (2.2 + 2.9 * columns, 0.6 + (0.7 + 0.28 * len(others)) * len(rows))
+    size = (2.2 + 2.9 * columns, 0.6 + (0.85 + 0.28 * len(others)) * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
     for panels, own in zip(grid, rows, strict=True):
@@ -202,7 +202,7 @@ def _draw_measure(axes: Axes, measure: Measure, control: str, others: Sequence[s
         axes.plot(found.value, place, "o", ms=6, color=COLOUR)
     axes.set_yticks(range(len(others)), others)
     axes.set_ylim(len(others) - 0.5, -0.5)
-    axes.set_title(_head(measure), fontsize=9)
+    axes.set_title(_head(measure).replace(" (", "\n(", 1), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
     axes.ticklabel_format(axis="x", style="plain", useOffset=False)
