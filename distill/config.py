@@ -146,8 +146,17 @@ class VideoVaeRecipe(Reconstruction):
     task: Literal["video-vae"]
     data: SceneData = SceneData(count=4_000, frames=17)
     window: int = Field(9, ge=5, description="frames of a clip that one sample sees, 4·n + 1")
+    single_frames: int = Field(0, ge=0, description="first iterations, which see single frames of as many more clips")
+    crop: int | None = Field(None, ge=16, description="side of the part of the frames that a sample sees; None: all")
+    p_whole: float = Field(0.1, ge=0, le=1, description="of an iteration with whole frames in the place of parts")
     model: VideoVaeModel = VideoVaeModel()
     optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> VideoVaeRecipe:
+        if self.crop is not None and self.crop > self.data.size:
+            raise ValueError(f"crop is {self.crop} and frames are {self.data.size} pixels high; use at most that")
+        return self
 
 
 class ClipTower(Strict):
@@ -249,13 +258,13 @@ class SdxlSource(Strict):
     text_encoder: str
     text_encoder_2: str
     unet: UnetModel = UnetModel()
-    prediction: Literal["epsilon", "v"] = "epsilon"
-    zero_terminal_snr: bool = Field(False, description="the last timestep is pure noise; needs prediction v")
+    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    zero_terminal_snr: bool = Field(False, description="the last timestep is pure noise; needs prediction v or x0")
 
     @model_validator(mode="after")
     def _noise_is_predictable(self) -> SdxlSource:
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction: v, because ε says nothing of x0 in pure noise")
+            raise ValueError("zero_terminal_snr needs prediction: v or x0, because ε says nothing of x0 in pure noise")
         return self
 
 
@@ -266,6 +275,7 @@ class WanModel(Strict):
     layers: int = 8
     heads: int = 4
     feed_forward: int = 768
+    patch: int = Field(2, ge=1, description="latents on a side of what becomes one token")
 
 
 class WanSource(Strict):

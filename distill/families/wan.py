@@ -80,16 +80,17 @@ class Wan(Parts):
         frames: int | None = None,
         fps: float = FPS,
         transformer: WanModel | None = None,
+        patch: int = 2,
     ) -> None:
         """vae: AutoencoderKLWan; text_encoder: UMT5EncoderModel; size: (width, height) in pixels.
 
-        transformer: sizes of ``new_network``'s.
+        transformer: sizes of ``new_network``'s. patch: latents on a side of what the network makes a token.
         """
         self.vae: Any = freeze(vae)
         self.text_encoder: Any = freeze(text_encoder)
         self.tokenizer, self.schedule = tokenizer, schedule or Flow(5.0)
         self.size, self.frames = size or SIZE, frames or FRAMES
-        self.fps, self.transformer = fps, transformer
+        self.fps, self.transformer, self.patch = fps, transformer, patch
         self.max_tokens = MAX_TOKENS if tokenizer is None else min(MAX_TOKENS, tokenizer.model_max_length)
         self.stride, self.frame_stride = int(vae.config.scale_factor_spatial), int(vae.config.scale_factor_temporal)
         self._empty = Remembered()
@@ -106,6 +107,7 @@ class Wan(Parts):
             frames=frames,
             fps=fps,
             transformer=source.transformer,
+            patch=source.transformer.patch,
         )
 
     @classmethod
@@ -126,6 +128,7 @@ class Wan(Parts):
         encoder = UMT5EncoderModel.from_pretrained(root / "text_encoder", dtype="auto")
         if encoder.dtype is torch.float16:
             encoder = encoder.float()
+        network: Any = WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32)
         family = cls(
             AutoencoderKLWan.from_pretrained(root / "vae", torch_dtype=torch.float32),
             encoder,
@@ -134,10 +137,9 @@ class Wan(Parts):
             size=size,
             frames=frames,
             fps=fps,
+            patch=network.config.patch_size[2],
         )
-        return family, same_precision(
-            WanTransformer3DModel.from_pretrained(root / "transformer", torch_dtype=torch.float32)
-        )
+        return family, same_precision(network)
 
     @classmethod
     def from_config(
@@ -157,6 +159,7 @@ class Wan(Parts):
             schedule=flow(configs["scheduler"], "the scheduler's config", shift),
             size=size,
             frames=frames,
+            patch=configs["transformer"]["patch_size"][2],
         )
         return family, same_precision(WanTransformer3DModel.from_config(configs["transformer"]))
 
@@ -166,6 +169,7 @@ class Wan(Parts):
         sizes, channels = self.transformer, int(self.vae.config.z_dim)
         return same_precision(
             WanTransformer3DModel(
+                patch_size=(1, self.patch, self.patch),
                 num_attention_heads=sizes.heads,
                 attention_head_dim=sizes.width // sizes.heads,
                 in_channels=channels,
@@ -226,7 +230,8 @@ class Wan(Parts):
         """(C, F, h, w): pixels by the stride, frames 1 + 4·n as n + 1."""
         width, height = size or self.size
         count = frames or self.frames
-        check_size((width, height), 2 * self.stride, "Wan, which cuts latents into patches of 2 × 2,")
+        patches = f"Wan, which cuts latents into patches of {self.patch} × {self.patch},"
+        check_size((width, height), self.patch * self.stride, patches)
         if count % self.frame_stride != 1:
             raise ValueError(f"frames is {count}; use 1 more than a multiple of {self.frame_stride}, such as {FRAMES}")
         latent_frames = (count - 1) // self.frame_stride + 1

@@ -5,6 +5,7 @@ python -m distill.run recipes/scenes-video-vae.yaml
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -25,13 +26,19 @@ from distill.trainer import Phase, Telemetry, generator, seeded
 
 HELD_OUT = 64
 """Clips on which reconstruction is measured."""
+FIRST_DEVIATION = 0.05
+"""Of the latents' posterior before training."""
 
 
 def new_video_vae(recipe: VideoVaeRecipe) -> Any:
-    """A fresh AutoencoderKLWan: 4 × in time, and 2 × in space per level of dim_mult but the last."""
+    """A fresh AutoencoderKLWan: 4 × in time, and 2 × in space per level of dim_mult but the last.
+
+    Its posterior starts at FIRST_DEVIATION: at torch's own start, 1, noise as large as the latents hides colours for
+    thousands of iterations.
+    """
     model, levels = recipe.model, len(recipe.model.dim_mult)
     channels = model.latent_channels
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=model.base_dim,
         z_dim=channels,
         dim_mult=list(model.dim_mult),
@@ -41,6 +48,10 @@ def new_video_vae(recipe: VideoVaeRecipe) -> Any:
         latents_std=[1.0] * channels,
         scale_factor_spatial=2 ** (levels - 1),
     )
+    with torch.no_grad():
+        vae.quant_conv.weight[channels:].zero_()
+        vae.quant_conv.bias[channels:].fill_(2 * math.log(FIRST_DEVIATION))
+    return vae
 
 
 def _rms_norm(self: Any, x: Tensor) -> Tensor:
@@ -83,12 +94,23 @@ class VideoVaeTask:
         return [Phase("vae", lambda micro: self._loss(iteration, micro))]
 
     def _draw(self, iteration: int, micro: int) -> Tensor:
-        """A micro-batch of windows of clips, each from a frame of its own on: (b, 3, window, H, W)."""
+        """A micro-batch of windows of clips, each from a frame and, but for whole frames, a place of its own on.
+
+        Returns (b, 3, window, H, W) or (b, 3, window, crop, crop); the first iterations' windows are single frames of
+        ``window`` times as many clips.
+        """
         r = self.recipe
-        size = r.batch_size // r.accumulate
+        size, window, rng = r.batch_size // r.accumulate, r.window, seeded(r.seed, iteration, micro, "window")
+        if iteration < r.single_frames:
+            size, window = size * window, 1
         index = batch_indices(r.seed, iteration, micro, size, r.data.count)
-        starts = seeded(r.seed, iteration, micro, "window").integers(0, self.clips.shape[2] - r.window + 1, size)
-        windows = [self.clips[i, :, start : start + r.window] for i, start in zip(index, starts, strict=True)]
+        frames, height, width = self.clips.shape[2:]
+        side = height if r.crop is None or rng.random() < r.p_whole else r.crop
+        corners = rng.integers(0, (frames - window + 1, height - side + 1, width - side + 1), (size, 3))
+        windows = [
+            self.clips[i, :, t : t + window, y : y + side, x : x + side]
+            for i, (t, y, x) in zip(index, corners, strict=True)
+        ]
         return moved(to_float(np.stack(windows)), device())
 
     def _loss(self, iteration: int, micro: int) -> tuple[Tensor, Telemetry]:
@@ -103,7 +125,7 @@ class VideoVaeTask:
         weight = detail_weight(frames_of(x), r.detail_weight)
         pixels = (weight * frames_of(error).abs()).mean()
         edges = (weight * finite_difference(frames_of(error))).mean()
-        changes = torch.diff(error, dim=2).abs().mean()
+        changes = torch.diff(error, dim=2).abs().sum() / error.numel()
         kl = 0.5 * (posterior.mean.float() ** 2 + std**2 - 1 - posterior.logvar.float()).flatten(1).sum(1).mean()
         loss = pixels + r.gradient_weight * (edges + changes) + r.kl_weight * kl
         return loss, {"l1": error.detach().abs().mean(), "kl": kl.detach()}
