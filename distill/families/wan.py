@@ -152,6 +152,7 @@ class Wan(Parts):
     ) -> tuple[Wan, Any]:
         """From the configs of a diffusers folder by component, with fresh weights (none on the meta device)."""
         encoder: Any = UMT5EncoderModel(UMT5Config.from_dict(configs["text_encoder"]))
+        network: Any = WanTransformer3DModel.from_config(configs["transformer"])
         family = cls(
             AutoencoderKLWan.from_config(configs["vae"]),
             encoder.to(torch.bfloat16),
@@ -159,9 +160,9 @@ class Wan(Parts):
             schedule=flow(configs["scheduler"], "the scheduler's config", shift),
             size=size,
             frames=frames,
-            patch=configs["transformer"]["patch_size"][2],
+            patch=network.config.patch_size[2],
         )
-        return family, same_precision(WanTransformer3DModel.from_config(configs["transformer"]))
+        return family, same_precision(network)
 
     def new_network(self) -> Any:
         if self.transformer is None:
