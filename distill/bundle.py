@@ -98,7 +98,7 @@ class Manifest(_Strict):
     name: str
     family: str
     task: Literal["text-to-image", "class-to-image", "text-to-video"]
-    prediction: Literal["epsilon", "v", "flow"]
+    prediction: Literal["epsilon", "x0", "v", "flow"]
     latent_channels: int
     latent_stride: int = Field(description="pixels per latent along height and width; 1 for pixel space")
     sizes: tuple[tuple[int, int], ...] = Field(description="(width, height) pairs in pixels")

@@ -22,31 +22,35 @@ def convert(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x0, ε, v) of a network's output m, float32; α, σ: (B,) float64, and all arithmetic is float64.
 
-    epsilon: x0 = (x_t − σ·m)/α;  v: x0 = α·x_t − σ·m, ε = σ·x_t + α·m;  flow (m = ε − x0, α = 1 − σ): x0 = x_t − σ·m,
-    ε = x_t + α·m. Always v = α·ε − σ·x0.
+    epsilon: x0 = (x_t − σ·m)/α;  x0: ε = (x_t − α·m)/σ;  v: x0 = α·x_t − σ·m, ε = σ·x_t + α·m;
+    flow (m = ε − x0, α = 1 − σ): x0 = x_t − σ·m, ε = x_t + α·m. Always v = α·ε − σ·x0.
     """
     a, s = expand(alpha.double(), x_t), expand(sigma.double(), x_t)
     x, m = x_t.double(), output.double()
     if prediction == "epsilon":
         eps, x0 = m, (x - s * m) / a
+    elif prediction == "x0":
+        x0, eps = m, (x - a * m) / s
     elif prediction == "v":
         x0, eps = a * x - s * m, s * x + a * m
     elif prediction == "flow":
         x0, eps = x - s * m, x + a * m
     else:
-        raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
+        raise ValueError(f"prediction is {prediction!r}; use epsilon, x0, v or flow")
     return x0.float(), eps.float(), (a * eps - s * x0).float()
 
 
 def target_for(prediction: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a network should output for x_t = α·x0 + σ·ε: ε, v = α·ε − σ·x0 or ε − x0."""
+    """What a network should output for x_t = α·x0 + σ·ε: ε, x0, v = α·ε − σ·x0 or ε − x0."""
     if prediction == "epsilon":
         return noise
+    if prediction == "x0":
+        return x0
     if prediction == "v":
         return expand(alpha, x0).to(x0) * noise - expand(sigma, x0).to(x0) * x0
     if prediction == "flow":
         return noise - x0
-    raise ValueError(f"prediction is {prediction!r}; use epsilon, v or flow")
+    raise ValueError(f"prediction is {prediction!r}; use epsilon, x0, v or flow")
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -77,6 +81,8 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, cap: float) ->
     bounded = torch.minimum(alpha**2, cap * sigma**2)
     if prediction == "epsilon":
         return torch.where(alpha > 0, bounded / alpha.clamp_min(1e-12) ** 2, 1.0)
+    if prediction == "x0":
+        return torch.where(sigma > 0, bounded / sigma.clamp_min(1e-12) ** 2, cap)
     return bounded
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 COEFFICIENTS = ("p", "q", "u", "y", "w")
-PREDICTIONS = ("epsilon", "v", "flow")
+PREDICTIONS = ("epsilon", "x0", "v", "flow")
 Grids = Mapping[int, tuple[float, ...]]
 """Times by number of steps where they are not the schedule's own: {1: (399.0,)} for SDXL in one step."""
 
@@ -144,10 +144,12 @@ def _check_steps(steps: int) -> None:
 def x0_coefficients(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
     """(p, q) with x0 = p·x_t + q·m for a network that predicts m.
 
-    epsilon: (x_t − σ·m)/α;  v = α·ε − σ·x0: α·x_t − σ·m;  flow m = ε − x0: x_t − σ·m (α = 1 − σ).
+    epsilon: (x_t − σ·m)/α;  x0: m;  v = α·ε − σ·x0: α·x_t − σ·m;  flow m = ε − x0: x_t − σ·m (α = 1 − σ).
     """
     if prediction == "epsilon":
         return 1.0 / alpha, -sigma / alpha
+    if prediction == "x0":
+        return np.zeros_like(alpha), np.ones_like(alpha)
     if prediction == "v":
         return alpha, -sigma
     if prediction == "flow":

@@ -27,9 +27,6 @@ from distill.objectives.plan import Hook, Rollout, fake_weight
 from distill.sampling import Flow
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Reward = Callable[[Tensor], Tensor]

@@ -293,6 +293,8 @@ def _check_comfyui(bundle: Bundle) -> None:
         raise PublishError(
             f"the weights of {bundle.manifest.family} have no names of ComfyUI's here; use --to diffusers"
         )
+    if bundle.manifest.prediction == "x0":
+        raise PublishError("the student predicts x0, of which a checkpoint cannot tell ComfyUI; use --to diffusers")
 
 
 def checkpoint(bundle: Bundle) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.sampling import Flow, ScaledLinear
 
-PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 """Our names and diffusers' of what discrete models predict."""
 
 
@@ -25,7 +25,7 @@ def discrete(config: dict[str, Any], where: str) -> tuple[str, ScaledLinear]:
     if kind not in names or spacing not in ("scaled_linear", "linear"):
         raise ValueError(
             f"{where} says prediction_type {kind!r} and beta_schedule {spacing!r}; we have "
-            f"{' or '.join(names)} on scaled_linear or linear"
+            f"{', '.join(list(names)[:-1])} or {list(names)[-1]} on scaled_linear or linear"
         )
     schedule = ScaledLinear(
         float(config["beta_start"]),

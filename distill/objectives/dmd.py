@@ -137,9 +137,10 @@ def by_noise(name: str, values: Tensor, fraction: Tensor, bins: int = 5) -> Tele
 
 def native(family: Any, prediction: Prediction) -> Tensor:
     """A prediction in the parametrisation that the family's networks output."""
-    if family.prediction == "flow":
-        return prediction.eps - prediction.x0
-    return prediction.eps if family.prediction == "epsilon" else prediction.v
+    outputs = {
+        "epsilon": prediction.eps, "x0": prediction.x0, "v": prediction.v, "flow": prediction.eps - prediction.x0,
+    }  # fmt: skip
+    return outputs[family.prediction]
 
 
 def both(

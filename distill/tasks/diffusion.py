@@ -20,6 +20,7 @@ from distill.families.sdxl import Sdxl
 from distill.families.sit import Sit
 from distill.families.wan import Wan
 from distill.math import add_noise, target_for
+from distill.objectives.dmd import native
 from distill.parallel.device import device, moved, normal
 from distill.provenance import provenance
 from distill.sampling import Flow, Schedule, noise, ode_table
@@ -112,10 +113,8 @@ class DiffusionTask:
         x_t = add_noise(x0, eps, alpha, sigma)
         with autocast(r.precision):
             prediction = family.predict(self.network, x_t, t, condition)
-        output = {"epsilon": prediction.eps, "v": prediction.v, "flow": prediction.eps - prediction.x0}[
-            family.prediction
-        ]
-        errors = (output - target_for(family.prediction, x0, eps, alpha, sigma)).pow(2).flatten(1).mean(1)
+        target = target_for(family.prediction, x0, eps, alpha, sigma)
+        errors = (native(family, prediction) - target).pow(2).flatten(1).mean(1)
         late = t > 0.5 * family.schedule.t_max
         apart = errors.detach()
         return errors.mean(), {"noisy_half": Some(apart, late), "clean_half": Some(apart, ~late)}

@@ -250,12 +250,15 @@ def fresh(tiny_sources: Path, **options: Any) -> Sdxl:
     return Sdxl.from_source(source)
 
 
-def test_a_family_that_predicts_v_from_pure_noise_survives_its_folder(tiny_sources: Path, tmp_path: Path) -> None:
-    family = fresh(tiny_sources, prediction="v", zero_terminal_snr=True)
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_a_family_that_learns_from_pure_noise_survives_its_folder(
+    tiny_sources: Path, tmp_path: Path, prediction: str
+) -> None:
+    family = fresh(tiny_sources, prediction=prediction, zero_terminal_snr=True)
     network = family.new_network().eval()
     family.save(network, tmp_path)
     again, _ = Sdxl.from_folder(tmp_path)
-    assert (again.prediction, again.schedule) == ("v", ScaledLinear(zero_terminal=True))
+    assert (again.prediction, again.schedule) == (prediction, ScaledLinear(zero_terminal=True))
     x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([999.0, 999.0])
     with torch.no_grad():
         found = again.predict(network, x_t, t, again.encode(PROMPTS[:2]))
@@ -266,8 +269,8 @@ def test_a_family_that_predicts_v_from_pure_noise_survives_its_folder(tiny_sourc
 def test_a_scheduler_of_another_kind_is_refused(tiny_sources: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_sources, tmp_path / "other")
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
-    with pytest.raises(ValueError, match=r"prediction_type 'sample'.*epsilon or v_prediction"):
+    config.write_text(config.read_text().replace('"epsilon"', '"score"'))
+    with pytest.raises(ValueError, match=r"prediction_type 'score'.*epsilon, sample or v_prediction"):
         Sdxl.from_folder(folder)
 
 

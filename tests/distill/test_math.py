@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from distill import math
 from distill.families.base import Prediction
+from distill.objectives import amd
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
 from distill.objectives.dmd import fake_loss, student_loss
 from distill.objectives.plan import Hook, Rollout
@@ -22,7 +24,7 @@ Array = NDArray[np.float64]
 SHAPE = (2, 3, 3)
 DIM = 18
 OMEGA = 7.5
-PREDICTIONS = ("epsilon", "v", "flow")
+PREDICTIONS = ("epsilon", "x0", "v", "flow")
 
 
 def alpha_sigma(prediction: str, t: Array) -> tuple[Array, Array]:
@@ -83,12 +85,13 @@ class Case:
         assert x.grad is not None
         return loss.detach(), x.grad
 
-    def decoupled(self, t: Tensor, noise: Tensor) -> Tensor:
+    def decoupled(self, t: Tensor, noise: Tensor, hooks: list[Hook]) -> Tensor:
         """The gradient when guidance is re-noised at t with noise, apart from matching."""
         x = self.x.clone().requires_grad_()
-        rollout = Rollout(x, self.condition, (), 4, 0)
+        rollout = Rollout(x, self.condition, (), 4, 0, lambda: math.group_advantage(self.rewards, 4))
         networks = (self.family, self.teacher, self.fake)
-        student_loss(*networks, rollout, self.t, self.noise, guidance=OMEGA, ca=(t, noise))[0].backward()
+        loss, _ = student_loss(*networks, rollout, self.t, self.noise, guidance=OMEGA, hooks=hooks, ca=(t, noise))
+        loss.backward()
         assert x.grad is not None
         return x.grad
 
@@ -117,6 +120,8 @@ def clean_estimates(
         m = np.concatenate((x_t, condition), 1) @ f64(net.weight).T + f64(net.bias)
         if prediction == "epsilon":
             return np.asarray((x_t - sigma * m) / alpha)
+        if prediction == "x0":
+            return m
         return np.asarray(alpha * x_t - sigma * m if prediction == "v" else x_t - sigma * m)
 
     c = f64(case.condition["c"])
@@ -154,18 +159,24 @@ def test_amd_gradient_matches_equations_10_12_and_13(prediction: str) -> None:
     np.testing.assert_allclose(f64(gradient).reshape(8, DIM), expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("strength", [None, 0.4])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_decoupled_gradient_takes_each_part_from_its_own_point(prediction: str) -> None:
-    """D-DMD (arXiv 2511.22677, Eq. 8): s_c − s_f at τ_DM plus (ω − 1)(s_c − s_u) at τ_CA, one normaliser for both."""
+def test_decoupled_gradient_takes_each_part_from_its_own_point(prediction: str, strength: float | None) -> None:
+    """D-DMD (arXiv 2511.22677, Eq. 8): s_c − s_f at τ_DM plus (ω − 1)(s_c − s_u) at τ_CA, one normaliser for both.
+
+    With AMD's adaptation β multiplies the first part and α the second, and the normaliser knows neither.
+    """
     case, rng = Case(prediction), torch.Generator().manual_seed(9)
     noise = torch.randn(8, *SHAPE, generator=rng)
     t = 0.6 * case.t if prediction == "flow" else (0.6 * case.t).round()
     x, x_c, _, x_f = clean_estimates(case)
     _, y_c, y_u, _ = clean_estimates(case, t, noise)
-    grad = (x_f - x_c) + (OMEGA - 1) * (y_u - y_c)
+    hooks: list[Hook] = [] if strength is None else [DynamicScoreAdaptation(strength)]
+    tilt = (strength or 0.0) * np.clip(f64(math.group_advantage(case.rewards, 4)), -1, 1)[:, None]
+    grad = (1 - tilt) * (x_f - x_c) + (1 + tilt) * (OMEGA - 1) * (y_u - y_c)
     grad = grad / np.abs(x - (x_c + (OMEGA - 1) * (y_c - y_u))).mean(1, keepdims=True)
     expected = grad / grad.size
-    found = f64(case.decoupled(t, noise)).reshape(8, DIM)
+    found = f64(case.decoupled(t, noise, hooks)).reshape(8, DIM)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
@@ -208,7 +219,7 @@ def test_fake_loss_is_the_weighted_denoising_error(prediction: str) -> None:
     x, noise = f64(case.x).reshape(8, DIM), f64(case.noise).reshape(8, DIM)
     x_t = alpha * x + sigma * noise
     m = np.concatenate((x_t, f64(case.condition["c"])), 1) @ f64(case.fake.weight).T + f64(case.fake.bias)
-    target = {"epsilon": noise, "v": alpha * noise - sigma * x, "flow": noise - x}[prediction]
+    target = {"epsilon": noise, "x0": x, "v": alpha * noise - sigma * x, "flow": noise - x}[prediction]
     errors = ((m - target) ** 2).mean(1)
     assert float(case.weighted_error([])) == pytest.approx(errors.mean(), rel=1e-4)
 
@@ -374,6 +385,7 @@ def test_pseudo_target_keeps_small_displacements_of_bfloat16_samples() -> None:
 
 CONVERSIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     "epsilon": lambda x0, eps, a, s: eps,
+    "x0": lambda x0, eps, a, s: x0,
     "v": lambda x0, eps, a, s: a * eps - s * x0,
     "flow": lambda x0, eps, a, s: eps - x0,
 }
@@ -418,5 +430,62 @@ def test_unknown_predictions_are_refused() -> None:
         lambda: math.convert("score", x, x, c, c),
         lambda: math.target_for("score", x, x, c, c),
     ):
-        with pytest.raises(ValueError, match="'score'; use epsilon, v or flow"):
+        with pytest.raises(ValueError, match="'score'; use epsilon, x0, v or flow"):
             call()
+
+
+# --- mutations: each of the mistakes that are easy to make is seen ----------------------------------------------------
+
+MUTATIONS: dict[str, tuple[str, str, str, Callable[[], None]]] = {
+    "the advantage's sign": (
+        "group_advantage", "(r - r.mean(1, keepdim=True))", "(r.mean(1, keepdim=True) - r)",
+        test_advantage_is_standardised_in_each_group_alone,
+    ),
+    "the sign in W": (
+        "sharpening_weight", "torch.exp(-advantage)", "torch.exp(advantage)",
+        test_sharpening_weighs_poor_samples_more_and_keeps_the_mean_of_a_group,
+    ),
+    "α in the place of β where they are made": (
+        "adaptive_weights", "1.0 + strength * squashed, 1.0 - strength * squashed",
+        "1.0 - strength * squashed, 1.0 + strength * squashed",
+        test_poor_samples_get_more_matching_and_good_ones_more_guidance,
+    ),
+    "α in the place of β where they act": (
+        "operator", "expand(beta, dm) * dm + expand(alpha, ca)", "expand(alpha, dm) * dm + expand(beta, ca)",
+        test_operator_weights_each_displacement_with_its_own_coefficient,
+    ),
+    "a target that moves with the sample": (
+        "pseudo_target_loss", "x.detach()", "x",
+        test_pseudo_target_pulls_along_the_displacement_and_is_itself_no_variable,
+    ),
+    "a displacement with a graph": (
+        "pseudo_target_loss", "displacement.detach()", "displacement",
+        test_pseudo_target_pulls_along_the_displacement_and_is_itself_no_variable,
+    ),
+    "n over the batch": (
+        "normaliser", ".flatten(1).mean(1)", ".mean().expand(len(x))", test_normaliser_is_per_sample_and_never_zero,
+    ),
+    "advantages over the batch": (
+        "group_advantage", "reshape(-1, group)", "reshape(1, -1)", test_groups_do_not_see_each_other,
+    ),
+    "W scaled over the batch": (
+        "sharpening_weight", "reshape(-1, group)", "reshape(1, -1)",
+        test_sharpening_weighs_poor_samples_more_and_keeps_the_mean_of_a_group,
+    ),
+}  # fmt: skip
+"""By mistake: the function, what stands in it, what could stand there instead, and a test that then fails."""
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_mistake_in_a_formula_fails_a_test(monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    name, right, wrong, guard = MUTATIONS[mistake]
+    source = inspect.getsource(getattr(math, name))
+    assert source.count(right) == 1, f"{name} no longer has {right!r}; say the mistake in its present words"
+    scope = dict(vars(math))
+    exec(source.replace(right, wrong), scope)
+    guard()
+    for module in (math, amd):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, scope[name])
+    with pytest.raises(AssertionError):
+        guard()

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from numpy.typing import NDArray
 
+from distill.families.schedulers import PREDICTION_TYPES
 from distill.sampling import Flow, ScaledLinear, Table, noise, ode_table, student_table, x0_coefficients
 
 SDXL: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -93,7 +94,10 @@ def test_student_row_of_a_flow(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(found, (1 - t_next) * x0 + t_next * z, atol=1e-6)
 
 
-@pytest.mark.parametrize(("prediction", "zero"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)])
+@pytest.mark.parametrize(
+    ("prediction", "zero"),
+    [("epsilon", False), ("sample", False), ("sample", True), ("v_prediction", False), ("v_prediction", True)],
+)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 def test_ode_table_is_ddim(prediction: str, zero: bool, steps: int, rng: np.random.Generator) -> None:
     """DDIM with trailing spacing and η = 0, to 1e-5 of its float32 arithmetic.
@@ -106,7 +110,8 @@ def test_ode_table_is_ddim(prediction: str, zero: bool, steps: int, rng: np.rand
         rescale_betas_zero_snr=zero,
     )  # fmt: skip
     scheduler.set_timesteps(steps)
-    table = ode_table(ScaledLinear(zero_terminal=zero), "v" if prediction == "v_prediction" else prediction, steps)
+    ours = {theirs: name for name, theirs in PREDICTION_TYPES.items()}[prediction]
+    table = ode_table(ScaledLinear(zero_terminal=zero), ours, steps)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
     for i, t in enumerate(scheduler.timesteps):
         x, m = rng.standard_normal((2, *SHAPE))
@@ -192,7 +197,7 @@ def test_a_linear_schedule_is_ddpms() -> None:
 
 
 def test_unknown_prediction_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'noise'; use one of epsilon, v, flow"):
+    with pytest.raises(ValueError, match="'noise'; use one of epsilon, x0, v, flow"):
         x0_coefficients("noise", np.ones(1), np.ones(1))
 
 

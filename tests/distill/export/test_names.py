@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from distill.bundle import Bundle, Manifest, Sampler, write_manifest
 from distill.data.tokenizer import build_tokenizer
 from distill.export.names import comfyui_module, unet_name, unet_state, vae_state, wan_name
-from distill.export.publish import PublishError, checkpoint, publish
+from distill.export.publish import PublishError, checkpoint, publish, write_comfyui
 from distill.families.sd15 import Sd15
 from distill.sampling import student_table
 
@@ -130,6 +131,13 @@ def test_noise_prediction_is_not_marked(tiny_sources: Path) -> None:
 def test_families_that_comfyui_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="the weights of sit have no names of ComfyUI's here; use --to diff"):
         publish("bundles/digits-sit", "comfyui", tmp_path / "out")
+
+
+def test_a_prediction_that_no_checkpoint_tells_of_is_refused(tiny_sources: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_sources)
+    other = replace(bundle, manifest=bundle.manifest.model_copy(update={"prediction": "x0"}))
+    with pytest.raises(PublishError, match="predicts x0, of which a checkpoint cannot tell ComfyUI; use --to diff"):
+        write_comfyui(other, tmp_path / "out")
 
 
 def as_bundle(family: Any, network: Any, folder: Path, manifest: Manifest) -> Path:

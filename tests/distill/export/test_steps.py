@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 
 from distill.bundle import Manifest, Sampler
 from distill.export.steps import StepsError, scheduler_for, worst_step, write_scheduler
+from distill.families.schedulers import PREDICTION_TYPES
 from distill.sampling import Flow, ScaledLinear, Table, ode_table, student_table
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -23,12 +24,12 @@ def with_samplers(manifest: Manifest, prediction: str, tables: dict[int, Table])
     return manifest.model_copy(update={"prediction": prediction, "samplers": samplers, "default_steps": max(samplers)})
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_lcm_takes_the_steps_of_discrete_students(manifest: Manifest, prediction: str) -> None:
     schedule = ScaledLinear(zero_terminal=prediction == "v")
     tables = {n: student_table(schedule, prediction, schedule.grid(n)) for n in (1, 2, 4, 8)}
     config = BETAS | {
-        "prediction_type": {"v": "v_prediction"}.get(prediction, prediction),
+        "prediction_type": PREDICTION_TYPES[prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal,
     }
     scheduler, calls = scheduler_for(with_samplers(manifest, prediction, tables), config)

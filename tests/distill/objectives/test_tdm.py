@@ -67,7 +67,7 @@ def test_fresh_noise_stays_fresh_where_nothing_follows(roles: Roles, rolled: Cal
     assert torch.equal(plain.fake_weight(stochastic, t), torch.ones(8))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
 def test_the_weighted_loss_is_the_bounded_signal_to_noise_times_the_clean_error(prediction: str) -> None:
     schedule: Any = Flow() if prediction == "flow" else ScaledLinear()
     rng = torch.Generator().manual_seed(0)
@@ -88,3 +88,4 @@ def test_the_weight_is_finite_in_pure_noise_and_at_the_clean_end() -> None:
     ends: tuple[Tensor, Tensor] = (torch.tensor([0.0, 1.0]).double(), torch.tensor([1.0, 0.0]).double())
     assert min_snr_weight("epsilon", *ends, 5.0).tolist() == [1.0, 0.0]
     assert min_snr_weight("v", *ends, 5.0).tolist() == [0.0, 0.0]
+    assert min_snr_weight("x0", *ends, 5.0).tolist() == [0.0, 5.0]
