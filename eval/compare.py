@@ -6,7 +6,8 @@
 
 Each run is distill.run, distill.export and eval.run in processes of their own, in a folder named by the digest of its
 resolved recipe and of the folders that it reads; a finished run is recognised by that digest and never repeated. On
-the clock "wall-clock" each variant gets as many iterations as fit into the time that the first one took. Exit codes:
+the clock "wall-clock" each variant gets as many iterations as fit into the time that the first one took, by the paces
+that its runs at equal iterations had or that the file gives. Exit codes:
 0 complete, 1 some run failed (the others are in the table), 2 the comparison cannot be used, 130 interrupted.
 """
 
@@ -199,7 +200,7 @@ def preview(comparison: Comparison, jobs: Sequence[Job], workshop: Workshop, wor
         lines.append(f"about {estimate} with --jobs {workers}{more}; start-up and export not counted")
     else:
         lines.append("time unknown: no earlier run of this recipe or suite is on this machine")
-    if "wall-clock" in comparison.clocks:
+    if "wall-clock" in comparison.clocks and jobs[0].clock == "iterations":
         lines.append("then, at equal wall-clock, the variants whose iteration takes longer or shorter once more")
     return "\n".join(lines)
 
@@ -260,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise EvalError(f"--jobs is {options.jobs}; use 1 or more")
         jobs = plan(comparison)
         workshop = Workshop(options.out / comparison.name, comparison.threads, options.judges)
+        if comparison.clocks == ("wall-clock",) and comparison.paces:  # nothing needs to be measured first
+            jobs = plan_wall_clock(comparison, jobs, workshop)
         if options.dry_run:
             print(preview(comparison, jobs, workshop, options.jobs))
             return 0
@@ -277,8 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(comparison: Comparison, jobs: list[Job], workshop: Workshop, workers: int, *, quiet: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     failures = execute(jobs, comparison, workshop, workers, quiet=quiet)
-    clocks = [jobs] if "iterations" in comparison.clocks else []
-    if "wall-clock" in comparison.clocks:
+    clocks = [jobs] if jobs[0].clock in comparison.clocks else []
+    if "wall-clock" in comparison.clocks and jobs[0].clock == "iterations":
         timed = plan_wall_clock(comparison, jobs, workshop)
         failures += execute(timed, comparison, workshop, workers, quiet=quiet)
         clocks.append(timed)

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
@@ -72,6 +72,9 @@ class Comparison(_Strict):
     variants: dict[str, dict[str, Any]] = Field(min_length=1, description="overrides by name; the first is the control")
     seeds: tuple[int, ...] = Field(min_length=1)
     clocks: tuple[Clock, ...] = ("iterations",)
+    paces: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="milliseconds per iteration of every variant where they are known; else they are measured"
+    )
     scores: tuple[Scoring, ...] = Field(min_length=1)
     telemetry: tuple[str, ...] = Field((), description="keys of log.jsonl; their last interval joins the table")
     threads: int = Field(1, ge=1, description="of each run")
@@ -81,6 +84,9 @@ class Comparison(_Strict):
         for key in [*self.shared, *(key for overrides in self.variants.values() for key in overrides)]:
             if key in OURS:
                 raise ValueError(f"{key} is set for every run by the comparison; remove it from the overrides")
+        if self.paces and self.paces.keys() != self.variants.keys():
+            odd = sorted(self.paces.keys() ^ self.variants.keys())
+            raise ValueError(f"paces and variants differ in {odd}; give a pace for every variant, or none")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {list(self.seeds)} repeat one; give different ones")
         return self
@@ -324,9 +330,9 @@ def plan(comparison: Comparison) -> list[Job]:
 
 
 def plan_wall_clock(comparison: Comparison, jobs: Sequence[Job], workshop: Workshop) -> list[Job]:
-    """Each variant with as many iterations as the first one's take; variants without a finished run are left out."""
-    paces: dict[str, float] = {}
-    for variant in comparison.variants:
+    """Each variant with as many iterations as the first one's take; variants without a known pace are left out."""
+    paces = dict(comparison.paces)
+    for variant in () if paces else comparison.variants:
         own = [pace(workshop.log(job), job.recipe) for job in jobs if job.variant == variant and workshop.facts(job)]
         if known := [value for value in own if value is not None]:
             paces[variant] = float(np.median(known))

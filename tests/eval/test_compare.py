@@ -60,6 +60,20 @@ def test_dry_run_lists_every_run_and_makes_none(tmp_path: Path, capsys: pytest.C
     assert lines[4] == "4 runs of 2 variants and 2 seeds" and not (tmp_path / "out").exists()
 
 
+def test_known_paces_make_runs_of_equal_wall_clock_without_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variant whose iteration takes as long, within 5 %, keeps its iterations."""
+    shared, variants = TREE["shared"] | {"iterations": 10}, TREE["variants"] | {"slow": {"adaptation.strength": 0.9}}
+    paces = {"DMD2": 100, "AMD": 104, "slow": 200}
+    path = file_of(tmp_path, shared=shared, variants=variants, clocks=["wall-clock"], paces=paces)
+    assert main([path, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    planned = dict(line.split("  ")[1].split(", seed 0, ") for line in out.splitlines() if ", seed 0, " in line)
+    assert {name: words.split(" ")[0] for name, words in planned.items()} == {"DMD2": "10", "AMD": "10", "slow": "5"}
+    assert "then, at equal wall-clock" not in out
+
+
 def test_every_comparison_of_ours_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     """Recipes, overrides, suites and steps fit; folders may be missing until their recipes have run."""
     paths = sorted((ROOT / "comparisons").glob("*.yaml"))
@@ -75,6 +89,7 @@ def test_every_comparison_of_ours_can_be_planned(capsys: pytest.CaptureFixture[s
     [
         ({"variant": {}}, "variant is unknown; did you mean 'variants'?"),
         ({"variants": {"A": {"guidence": 2}}}, "guidence is unknown; did you mean guidance?"),
+        ({"paces": {"DMD2": 100.0}}, "paces and variants differ in ['AMD']; give a pace for every variant, or none"),
     ],
 )
 def test_faults_end_before_any_work(
