@@ -169,9 +169,14 @@ def histogram(values: NDArray[np.float64]) -> list[Any]:
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """(N, C, H, W) uint8 to one (3, rows·H, columns·W) picture; missing cells are black, gray becomes RGB."""
+    """(N, C, H, W) uint8 to one RGB picture (3, height, width); missing cells are black, gray lines lie between cells.
+
+    Without the lines small pictures on black, such as digits, run into each other.
+    """
     n, c, h, w = images.shape
-    rows = -(-n // columns)
-    cells = torch.zeros(rows * columns, 3, h, w, dtype=torch.uint8)
-    cells[:n] = images.expand(n, 3, h, w) if c == 1 else images
-    return cells.view(rows, columns, 3, h, w).permute(2, 0, 3, 1, 4).reshape(3, rows * h, columns * w)
+    rows, line = -(-n // columns), max(1, h // 16)
+    cells = torch.full((rows * columns, 3, h + line, w + line), 96, dtype=torch.uint8)
+    cells[:, :, :h, :w] = 0
+    cells[:n, :, :h, :w] = images.expand(n, 3, h, w) if c == 1 else images
+    sheet = cells.view(rows, columns, 3, h + line, w + line).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)
+    return sheet[:, :-line, :-line]

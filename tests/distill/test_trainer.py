@@ -633,8 +633,10 @@ def test_logged_losses_are_means_of_their_interval(tmp_path: Path) -> None:
 def test_a_grid_shows_pictures_row_by_row() -> None:
     images = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 1, 2, 3)
     sheet = grid(images)
-    assert sheet.shape == (3, 4, 24) and sheet.dtype == torch.uint8
-    np.testing.assert_array_equal(sheet[0, ::2, ::3], [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0, 0]])
+    assert sheet.shape == (3, 5, 31) and sheet.dtype == torch.uint8
+    for corner in (sheet[0, ::3, ::4], sheet[1, 1::3, 2::4]):
+        np.testing.assert_array_equal(corner, [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0, 0]])
+    assert set(sheet[:, 2].flatten().tolist()) == set(sheet[:, :, 3].flatten().tolist()) == {96}  # between the cells
 
 
 def test_generators_depend_on_every_part_of_their_key() -> None:
