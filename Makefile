@@ -68,8 +68,9 @@ $(MODELS): setup
 
 # Every run behind docs/results.md. Teachers and controls are compiled in runs/bundles, so that models/ stays as it is.
 # Pictures are made by the fastest runtime, times are of the service's own: FAST= scores with that one throughout.
-CONTROLS := scenes-teacher scenes-dmd2 digits-teacher digits-dmd2
+CONTROLS := scenes-teacher scenes-dmd2 digits-teacher digits-dmd2 scenes-wan-teacher scenes-wan-dmd2
 SCENES := scenes-trained scenes-held-out scenes-three scenes-latency
+CLIPS := scenes-wan-trained scenes-wan-held-out scenes-wan-fvd scenes-wan-vbench scenes-wan-latency
 FAST ?= --runtime openvino --precision bfloat16
 SCORE := $(BIN)/python -m eval.run
 
@@ -92,6 +93,14 @@ scores: setup
 		$(SCORE) runs/bundles/digits-dmd2 --suite $$suite --steps 4 --label "digits DMD2, 4 steps"; \
 		for steps in 4 50; do $(SCORE) runs/bundles/digits-teacher --suite $$suite --steps $$steps \
 			--label "digits teacher, $$steps steps"; done; done
+	$(BIN)/python -m eval.env create vbench || echo "VBench has no interpreter here; its column stays empty"
+	set -e; for suite in $(CLIPS); do \
+		if test $$suite = scenes-wan-vbench && ! $(BIN)/python -m eval.doctor --metric vbench-flickering; then continue; fi; \
+		for steps in 2 4; do $(SCORE) bundles/scenes-wan --suite $$suite --steps $$steps --label "wan AMD, $$steps steps"; \
+			$(SCORE) runs/bundles/scenes-wan-dmd2 --suite $$suite --steps $$steps --label "wan DMD2, $$steps steps"; done; \
+		for steps in 4 50; do $(SCORE) runs/bundles/scenes-wan-teacher --suite $$suite --steps $$steps \
+			--label "wan teacher, $$steps steps"; done; \
+		test $$suite = scenes-wan-latency || $(SCORE) renders --suite $$suite --label renders; done
 	for bundle in bundles/*; do $(BIN)/python -m eval.inscribe $$bundle; done
 	$(BIN)/python -m eval.results
 

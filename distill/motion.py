@@ -72,10 +72,14 @@ class MotionLabeller(Judge):
         self.trunk = ClipTrunk(width)
         self.read = nn.Linear(8 * width, sum(len(values) for _, values in ANSWERS))
 
+    def pooled(self, clips: Tensor) -> Tensor:
+        """Clips (B, 3, F, H, W) in [−1, 1] to what the answers are read from, (B, 8·width)."""
+        seen = self.trunk(clips).flatten(2)
+        return torch.cat((seen.amax(2), seen.mean(2)), 1)
+
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
         """clips: (B, 3, F, H, W) in [−1, 1]. Returns logits (B, k) per answer."""
-        seen = self.trunk(clips).flatten(2)
-        logits = self.read(torch.cat((seen.amax(2), seen.mean(2)), 1))
+        logits = self.read(self.pooled(clips))
         parts = logits.split([len(values) for _, values in ANSWERS], 1)
         return {name: part for (name, _), part in zip(ANSWERS, parts, strict=True)}
 

@@ -1,4 +1,4 @@
-"""A blind A/B page: which of two pictures of the same prompt and seed is better? Votes give a win rate.
+"""A blind A/B page: which of two pictures or clips of the same prompt and seed is better? Votes give a win rate.
 
     python -m eval.arena "AMD, 4 steps" "DMD2, 4 steps" --suite scenes-held-out
     python -m eval.arena RUN_A RUN_B --port 3300 --votes runs/eval/votes.sqlite
@@ -13,8 +13,6 @@ is nothing to show.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import secrets
 import sqlite3
@@ -30,10 +28,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from eval.errors import EvalError
-from eval.pictures import pictures
+from eval.pictures import data_url, fps_of, pictures
 from eval.run import DEFAULT_CACHE, DEFAULT_STORE
 from eval.statistics import Interval, bootstrap_mean
 from eval.store import Store
@@ -56,12 +53,13 @@ CREATE TABLE IF NOT EXISTS votes (
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt and seed drawn by both: (3, H, W) uint8 each."""
+    """One prompt and seed drawn by both: (3, H, W) uint8 each, of clips (F, 3, H, W)."""
 
     key: Key
     text: str
     candidate: NDArray[np.uint8]
     baseline: NDArray[np.uint8]
+    fps: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,9 @@ class Arena:
             self._open[token] = question
             while len(self._open) > _OPEN:
                 del self._open[next(iter(self._open))]
-        shown = (question.pair.candidate, question.pair.baseline)
-        first, second = shown if question.candidate_left else shown[::-1]
-        return {**told, "id": token, "prompt": question.pair.text, "left": _url(first), "right": _url(second)}
+        shown = [data_url(image, question.pair.fps) for image in (question.pair.candidate, question.pair.baseline)]
+        left, right = shown if question.candidate_left else shown[::-1]
+        return {**told, "id": token, "prompt": question.pair.text, "left": left, "right": right}
 
     def answer(self, token: str, choice: Choice) -> None:
         """Raises KeyError for a question that nobody was asked."""
@@ -145,18 +143,13 @@ class Arena:
         self.votes.cast(question, choice)
 
 
-def _url(picture: NDArray[np.uint8]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def collect(store: Store, candidate: dict[str, Any], baseline: dict[str, Any], cache: Path) -> list[Pair]:
     """Pairs of all prompts and seeds that both runs drew. Raises EvalError when no picture is left."""
     texts, theirs = store.texts(candidate["id"]), store.texts(baseline["id"])
     shared = [key for key, text in texts.items() if theirs.get(key) == text]
     ours, others = (pictures(store, run, cache, shared) for run in (candidate, baseline))
-    pairs = [Pair(key, texts[key], ours[key], others[key]) for key in shared if key in ours and key in others]
+    both, fps = [key for key in shared if key in ours and key in others], fps_of(candidate)
+    pairs = [Pair(key, texts[key], ours[key], others[key], fps) for key in both]
     if not pairs:
         raise EvalError(
             f"{candidate['label']} and {baseline['label']} share {len(shared)} samples and no picture of them is in "

@@ -2,8 +2,8 @@
 
     source = damaged(open_source("bundles/scenes-sdxl", steps=4), "prompt-ignored")
 
-A damaged source makes pictures as the bundle would if it were broken in one way, by a known amount. Its identity says
-so, hence its pictures are cached beside, never instead of, the real ones.
+A damaged source makes pictures or clips as the bundle would if it were broken in one way, by a known amount. Its
+identity says so, hence they are cached beside, never instead of, the real ones. Damages named frames-… are for clips.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from eval.prompts import Draw, Prompt, digit_prompt, scene_prompt
 from eval.sources import BundleSource, Source
 
 Images = NDArray[np.uint8]
+Tamper = Callable[[Source, Sequence[Prompt]], Images]
 
 
 class Damaged:
     """A source whose prompts or pictures are tampered with on the way in or out."""
 
-    def __init__(self, source: Source, damage: str, tamper: Callable[[Source, Sequence[Prompt]], Images]) -> None:
+    def __init__(self, source: Source, damage: str, tamper: Tamper) -> None:
         self._source, self._tamper = source, tamper
         self.name = f"{source.name}, {damage}"
         self.identity = None if source.identity is None else {**source.identity, "damage": damage}
@@ -49,7 +50,7 @@ def _another(prompt: Prompt) -> Prompt:
     if prompt.label is not None:
         wrong = digit_prompt(draw, prompt.label + 1 + stream % 9, prompt.seed)
         return replace(prompt, text=wrong.text, label=wrong.label)
-    return replace(prompt, text=scene_prompt(draw, stream, prompt.seed).text)
+    return replace(prompt, text=scene_prompt(draw, stream, prompt.seed, moving=prompt.moving).text)
 
 
 def _seed_ignored(source: Source, prompts: Sequence[Prompt]) -> Images:
@@ -59,13 +60,13 @@ def _seed_ignored(source: Source, prompts: Sequence[Prompt]) -> Images:
 
 def _channels_swapped(source: Source, prompts: Sequence[Prompt]) -> Images:
     """Red and blue change places."""
-    return np.ascontiguousarray(source.make(prompts)[:, ::-1])
+    return np.ascontiguousarray(np.flip(source.make(prompts), -3))
 
 
 def _greyed(source: Source, prompts: Sequence[Prompt]) -> Images:
     """Colour is gone: every channel is the mean of the three."""
     images = source.make(prompts).astype(np.uint16)
-    return np.repeat((images.sum(axis=1, keepdims=True) + 1) // 3, 3, axis=1).astype(np.uint8)
+    return np.repeat((images.sum(axis=-3, keepdims=True) + 1) // 3, 3, axis=-3).astype(np.uint8)
 
 
 def _mode_dropped(source: Source, prompts: Sequence[Prompt]) -> Images:
@@ -83,19 +84,84 @@ def _without_mode(prompt: Prompt) -> Prompt:
 
 def _blurred(source: Source, prompts: Sequence[Prompt]) -> Images:
     """A mean over 3 × 3 pixels."""
-    images = np.pad(source.make(prompts).astype(np.uint16), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    height, width = images.shape[2] - 2, images.shape[3] - 2
-    shifted = [images[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    made = source.make(prompts).astype(np.uint16)
+    images = np.pad(made, (*[(0, 0)] * (made.ndim - 2), (1, 1), (1, 1)), mode="edge")
+    height, width = made.shape[-2:]
+    shifted = [images[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]
     return np.asarray((np.sum(shifted, axis=0) + 4) // 9, dtype=np.uint8)
 
 
-_TAMPERS: dict[str, Callable[[Source, Sequence[Prompt]], Images]] = {
+def _of_frames(damage: str) -> Tamper:
+    """Damage to the frames of each clip, drawn by its own key, so that batches do not matter."""
+
+    def tamper(source: Source, prompts: Sequence[Prompt]) -> Images:
+        clips = source.make(prompts)
+        if clips.ndim != 5:
+            raise EvalError(f"{damage} is damage to clips and {source.name} makes pictures; give a bundle of videos")
+        seeds = [zlib.crc32(repr(prompt.key).encode()) for prompt in prompts]
+        return np.stack([damaged_clip(clip, damage, seed) for clip, seed in zip(clips, seeds, strict=True)])
+
+    return tamper
+
+
+# --- clips ---------------------------------------------------------------------------------------------------------
+
+FLICKER = 12
+"""frames-flickering: levels by which every second frame is brighter."""
+
+
+def _frozen(frames: Images, rng: np.random.Generator) -> Images:
+    """Every frame is the first one."""
+    return np.repeat(frames[:1], len(frames), axis=0)
+
+
+def _shuffled(frames: Images, rng: np.random.Generator) -> Images:
+    """Frames in an order in which none stays in its place: a random cycle through all of them."""
+    cycle = rng.permutation(len(frames))
+    order = np.empty(len(frames), dtype=np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return np.asarray(frames[order])
+
+
+def _backwards(frames: Images, rng: np.random.Generator) -> Images:
+    """The last frame comes first."""
+    return np.ascontiguousarray(frames[::-1])
+
+
+def _flickering(frames: Images, rng: np.random.Generator) -> Images:
+    """Every second frame is FLICKER levels brighter, up to white."""
+    brighter = FLICKER * (np.arange(len(frames)) % 2).reshape(-1, 1, 1, 1)
+    return np.asarray(np.minimum(frames.astype(np.int64) + brighter, 255), dtype=np.uint8)
+
+
+CLIP_DAMAGES = {
+    "frames-frozen": _frozen,
+    "frames-shuffled": _shuffled,
+    "frames-backwards": _backwards,
+    "frames-flickering": _flickering,
+}
+
+
+def damaged_clip(frames: Images, damage: str, seed: int = 0) -> Images:
+    """A clip (F, 3, H, W) uint8 with one damage, the same for the same seed."""
+    if damage not in CLIP_DAMAGES:
+        raise EvalError(f"damage {damage!r} of clips is unknown; {nearest(damage, CLIP_DAMAGES)}")
+    if len(frames) < 2:
+        raise EvalError(f"a clip of {len(frames)} frames has no order to damage; give at least 2")
+    made: Images = CLIP_DAMAGES[damage](frames, np.random.default_rng(seed))
+    return made
+
+
+# --- by name -------------------------------------------------------------------------------------------------------
+
+_TAMPERS: dict[str, Tamper] = {
     "prompt-ignored": _prompt_ignored,
     "seed-ignored": _seed_ignored,
     "channels-swapped": _channels_swapped,
     "greyed": _greyed,
     "blurred": _blurred,
     "mode-dropped": _mode_dropped,
+    **{damage: _of_frames(damage) for damage in CLIP_DAMAGES},
 }
 LOST_DIGIT, LOST_THING = (9, 4), ("cylinder", "cube")
 """mode-dropped: what is never made, and what is made instead."""
@@ -185,41 +251,3 @@ def damage_weights(bundle: Path, out: Path, change: Change) -> Path:
     onnx.save(model, path)
     write_manifest(out, opened.manifest)
     return out
-
-
-# --- clips ---------------------------------------------------------------------------------------------------------
-
-FLICKER = 12
-"""frames-flickering: levels by which every second frame is brighter."""
-
-
-def _frozen(frames: Images, rng: np.random.Generator) -> Images:
-    """Every frame is the first one."""
-    return np.repeat(frames[:1], len(frames), axis=0)
-
-
-def _shuffled(frames: Images, rng: np.random.Generator) -> Images:
-    """Frames in an order in which none stays in its place: a random cycle through all of them."""
-    cycle = rng.permutation(len(frames))
-    order = np.empty(len(frames), dtype=np.int64)
-    order[cycle] = np.roll(cycle, 1)
-    return np.asarray(frames[order])
-
-
-def _flickering(frames: Images, rng: np.random.Generator) -> Images:
-    """Every second frame is FLICKER levels brighter, up to white."""
-    brighter = FLICKER * (np.arange(len(frames)) % 2).reshape(-1, 1, 1, 1)
-    return np.asarray(np.minimum(frames.astype(np.int64) + brighter, 255), dtype=np.uint8)
-
-
-CLIP_DAMAGES = {"frames-frozen": _frozen, "frames-shuffled": _shuffled, "frames-flickering": _flickering}
-
-
-def damaged_clip(frames: Images, damage: str, seed: int = 0) -> Images:
-    """A clip (F, 3, H, W) uint8 with one damage, the same for the same seed."""
-    if damage not in CLIP_DAMAGES:
-        raise EvalError(f"damage {damage!r} of clips is unknown; {nearest(damage, CLIP_DAMAGES)}")
-    if len(frames) < 2:
-        raise EvalError(f"a clip of {len(frames)} frames has no order to damage; give at least 2")
-    made: Images = CLIP_DAMAGES[damage](frames, np.random.default_rng(seed))
-    return made

@@ -70,9 +70,10 @@ def diagnose(error: BaseException) -> str:
     return f"{text}; look at the traceback with python -X dev"
 
 
-def noise(count: int, size: int = 64) -> NDArray[np.uint8]:
-    """(count, 3, size, size) uint8, the same each time."""
-    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+def noise(count: int, size: int = 64, frames: int | None = None) -> NDArray[np.uint8]:
+    """(count, 3, size, size) uint8, or clips (count, frames, 3, size, size), the same each time."""
+    shape = (count, *((frames,) if frames else ()), 3, size, size)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def metric_probe(name: str, folder: Path | None) -> Callable[[], str]:
@@ -89,7 +90,7 @@ def metric_probe(name: str, folder: Path | None) -> Callable[[], str]:
         if "reference_count" in options:
             options["reference_count"] = 8
         prompts = tuple(build_prompts(suite, 4))
-        images = noise(4, 8 if suite.world == "digits" else 64)
+        images = noise(4, 8 if suite.world == "digits" else 64, suite.frames)
         metric = create(name, **options)
         for _ in range(3 if name == "throughput" else 1):
             metric.update(Samples(images, prompts, np.full(4, 0.01), 0.04))
@@ -120,17 +121,26 @@ def _scored(metric: Metric) -> str:
 
 PROBES = {
     "composition": "scenes-canary",
+    "contrast": "scenes-canary",
     "digit-accuracy": "digits-canary",
     "diversity": "scenes-canary",
     "fid": "scenes-canary",
+    "frame-composition": "scenes-wan-canary",
+    "fvd": "scenes-wan-canary",
+    "high-frequency": "scenes-canary",
     "inception-score": "digits-canary",
+    "jerk": "scenes-wan-canary",
     "kid": "scenes-canary",
+    "kvd": "scenes-wan-canary",
     "latency": "scenes-latency",
     "memory": "scenes-memory",
+    "motion-accuracy": "scenes-wan-canary",
     "parity": "scenes-speed",
     "precision": "scenes-canary",
     "recall": "scenes-canary",
     "reward": "scenes-canary",
+    "saturation": "scenes-canary",
+    "subject-consistency": "scenes-wan-canary",
     "throughput": "scenes-speed",
 }
 """A suite that uses each metric, whose options the probe takes."""
@@ -145,7 +155,8 @@ def preference_probe(name: str, folder: Path | None) -> Callable[[], str]:
         from eval.prompts import Prompt
 
         metric = create(name)
-        metric.update(Samples(noise(2), tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
+        frames = 17 if name == "videoalign" else None
+        metric.update(Samples(noise(2, frames=frames), tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
         return _scored(metric)
 
     return probe
@@ -167,6 +178,21 @@ EXTRACTORS = {"cmmd": "clip-vit-l-14-336", "fd-dinov2": "dinov2-vit-l-14"}
 """Published extractors behind metrics that no embedded world uses."""
 
 
+def aesthetic_probe(name: str, folder: Path | None) -> Callable[[], str]:
+    """The aesthetic predictor's opinion of noise."""
+
+    def probe() -> str:
+        from eval.metrics import create
+        from eval.metrics.base import Samples
+        from eval.prompts import Prompt
+
+        metric = create(name, folder=folder)
+        metric.update(Samples(noise(2), tuple(Prompt(f"probe-{i}", "", i) for i in range(2))))
+        return _scored(metric)
+
+    return probe
+
+
 def geneval_probe(name: str, folder: Path | None) -> Callable[[], str]:
     """Things that GenEval's detector finds in noise."""
 
@@ -179,6 +205,21 @@ def geneval_probe(name: str, folder: Path | None) -> Callable[[], str]:
     return probe
 
 
+def flickering_probe(name: str, folder: Path | None) -> Callable[[], str]:
+    """VBench's own score of noise, in its own interpreter."""
+
+    def probe() -> str:
+        from eval.metrics import create
+        from eval.metrics.base import Samples
+        from eval.prompts import Prompt
+
+        metric = create(name)
+        metric.update(Samples(noise(2, frames=17), tuple(Prompt(f"probe-{i}", "a red cube", i) for i in range(2))))
+        return _scored(metric)
+
+    return probe
+
+
 def published() -> dict[str, Callable[[str, Path | None], Callable[[], str]]]:
     """Probes of metrics whose weights are not ours to ship: a machine without them is not broken."""
     from eval.metrics.preference import KINDS
@@ -186,7 +227,9 @@ def published() -> dict[str, Callable[[str, Path | None], Callable[[], str]]]:
     return {
         **dict.fromkeys(KINDS, preference_probe),
         **dict.fromkeys(EXTRACTORS, extractor_probe),
+        "aesthetic": aesthetic_probe,
         "geneval": geneval_probe,
+        "vbench-flickering": flickering_probe,
     }
 
 

@@ -34,7 +34,8 @@ EXTRACTORS = {
     "cmmd": "clip-vit-l-14-336",
 }
 """Published extractors behind distances; their golden values are lengths of features and cosines to the first ones."""
-METRICS = (*KINDS, *EXTRACTORS)
+SCORERS = (*KINDS, "aesthetic")
+METRICS = (*SCORERS, *EXTRACTORS)
 RELATIVE = 1e-3
 """How far a value may be from the expected one, in parts of it: other processors and batches move the sixth digit,
 half precision the third."""
@@ -77,8 +78,8 @@ def pictures() -> tuple[NDArray[np.uint8], tuple[Prompt, ...]]:
 def measure(name: str, folder: Path | None, source: str = "") -> tuple[NDArray[np.float64], str]:
     """The values of a metric on the golden pictures and the sha256 of its weights. Raises EvalError without them."""
     images, prompts = pictures()
-    if name in KINDS:
-        metric = create(name, source=source)
+    if name in SCORERS:
+        metric = create(name, source=source) if name in KINDS else create(name, folder=folder)
         metric.update(Samples(images, prompts))
         score = metric.compute()
         return score.per_sample, str(score.protocol["weights"])
@@ -166,7 +167,7 @@ def note(path: Path, outcome: Outcome, about: dict[str, Any]) -> None:
 
 def unverified(metric: str, protocol: dict[str, Any], store: Path) -> bool:
     """Whether a score was given by published weights that have not been verified beside this store."""
-    published = metric in KINDS or (metric in EXTRACTORS and EXTRACTORS[metric] == protocol.get("extractor"))
+    published = metric in SCORERS or (metric in EXTRACTORS and EXTRACTORS[metric] == protocol.get("extractor"))
     return published and f"{metric}:{protocol.get('weights')}" not in _read(record_of(store))
 
 

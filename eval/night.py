@@ -6,6 +6,7 @@ content, so nothing is made twice. Whatever fails becomes a row that says why; t
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from distill.bundle import Bundle, BundleError
 from eval import run as scoring
 from eval.controls import invalid_metrics, run_controls
+from eval.curve import step_curve
 from eval.errors import EvalError
 from eval.gate import AnyGate, Row, judge, overall, trade_offs
 from eval.gates import CostGate, Gates, load_gates
 from eval.golden import unverified
-from eval.pairing import NotComparable, evidence, evidence_of, movers, require_comparable, rolling
+from eval.pairing import NotComparable, evidence, evidence_of, movers, require_comparable, retention, rolling
 from eval.prompts import EVALUATION_SEEDS, Suite, load_suite
 from eval.regression import CONFIRM, Evidence, Verdict
 from eval.sources import BundleSource, Source
@@ -92,8 +94,11 @@ class Night:
         controls = self._controls(source)
         reasons = invalid_metrics(controls)
         rows = [self._doubt(row, reasons) for row in rows]
+        curve, turns = self._curve(source)
         return self._record(runs, rows, pinned, started) | {
             "controls": [asdict(control) for control in controls],
+            "curve": curve,
+            "turns": turns,
             "trade_offs": trade_offs(rows, self.gates.guards),
         }
 
@@ -120,7 +125,7 @@ class Night:
         for suite in self.gates.suites:
             try:
                 runs[suite] = self._score(source, load_suite(suite), f"{self.name}, night {self.night}")
-            except (EvalError, OSError) as error:
+            except (EvalError, OSError, sqlite3.Error) as error:
                 self.failures.append(f"{Path(suite).stem}: {error}")
         return runs
 
@@ -147,6 +152,21 @@ class Night:
         self.seconds[f"{suite.name}: {label}"] = time.monotonic() - began
         return self.store.run(identifier)
 
+    def _curve(self, source: BundleSource) -> tuple[list[dict[str, Any]], list[str]]:
+        def at(steps: int) -> Run:
+            assert self.gates.canaries is not None
+            canaries = self.gates.canaries
+            own = steps == source.steps
+            label = f"{self.name}, night {self.night}, {'control' if own else f'{steps} steps'}"
+            return self._score(source.at_steps(steps), load_suite(canaries.suite), label, limit=canaries.samples)
+
+        try:
+            curve, turns = step_curve(self.store, source, self.gates, at)
+        except (EvalError, OSError, sqlite3.Error) as error:
+            self.failures.append(f"steps: {error}")
+            return [], []
+        return [_finite(point) for point in curve], turns
+
     def _controls(self, source: Source) -> list[Any]:
         def score(other: Source, suite: str, samples: int | None, what: str, cached: bool) -> Run:
             label = f"{self.name}, night {self.night}, {what}"
@@ -154,7 +174,7 @@ class Night:
 
         try:
             return run_controls(self.store, source, self.gates, score, self.place.scratch)
-        except (EvalError, OSError) as error:
+        except (EvalError, OSError, sqlite3.Error) as error:
             self.failures.append(f"controls: {error}")
             return []
 
@@ -184,7 +204,7 @@ class Night:
                     suite = fresh_panel(load_suite(name), self.night, [gate.metric for gate in gates])
                     ours, theirs = self._score(source, suite, label), self._score(before, suite, f"{label} of baseline")
                     found |= {gate.key: evidence(self.store, ours, theirs, gate.metric) for gate in gates}
-                except (EvalError, OSError) as error:
+                except (EvalError, OSError, sqlite3.Error) as error:
                     self.failures.append(f"second panel of {Path(name).stem}: {error}")
             return found
 
@@ -214,6 +234,8 @@ class Night:
             "baseline": pinned and {key: pinned[key] for key in ("pinned", "reason", "digest", "runs")},
             "controls": [],
             "trade_offs": [],
+            "curve": [],
+            "turns": [],
             "failures": self.failures,
             "environment": environment,
             "changes": changes(before, environment) if before and environment else [],
@@ -293,9 +315,11 @@ class Night:
         if run is None:
             return None
         try:
-            return asdict(evidence(self.store, ours, run, gate.metric))
+            found = asdict(evidence(self.store, ours, run, gate.metric))
         except NotComparable:
             return None
+        kept = retention(self.store, ours, run, gate.metric)
+        return found | {"retention": kept and asdict(kept)}
 
 
 def fresh_panel(suite: Suite, night: str, metrics: Sequence[str]) -> Suite:

@@ -1,11 +1,13 @@
 """Two runs of the store side by side: may they be compared, sample by sample, and what is the difference?
 
 Scores compare only when everything that decides them is equal: the suite's prompts, the metric's protocol (weights of
-its judge, reference, number of samples) and the size of the pictures; times only on the same machine as well.
+its judge, reference, number of samples), the size of the pictures and how clips were compressed; times only on the same
+machine as well.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from eval.errors import EvalError
 from eval.regression import Evidence, evidence_of_costs, evidence_of_estimate, evidence_of_means
-from eval.statistics import cluster_means, influence_difference
+from eval.statistics import Interval, cluster_means, influence_difference, normal_interval
 from eval.store import Store
 
 Run = dict[str, Any]
@@ -34,6 +36,8 @@ def comparability(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         "world": run["world"],
         **{f"prompts.{name}": value for name, value in draw.items()},
         "seeds_per_prompt": run["resolved"].get("seeds_per_prompt"),
+        "frames": run["resolved"].get("frames"),
+        "codec": identity.get("codec"),
         **{f"protocol.{name}": value for name, value in result["protocol"].items()},
     }
     if result["metric"] in COSTS:
@@ -93,6 +97,26 @@ def evidence_of(
     except ValueError as error:
         raise NotComparable(f"not comparable: {error}") from None
     return evidence_of_means(prompt_differences(left, right), better=better)
+
+
+def retention(store: Store, candidate: Run, teacher: Run, metric: str) -> Interval | None:
+    """Which share of the teacher's score is left, r = a/b, in percent; None where that means nothing.
+
+    Only for means of which more is better. To first order r moves with the mean of (a_i − r·b_i)/b over the prompts
+    that both share, so its error is that of this mean.
+    """
+    result, theirs = (store.results(run["id"])[metric] for run in (candidate, teacher))
+    if result["direction"] != "higher" or result["per_sample_kind"] != "value" or not theirs["value"] > 0:
+        return None
+    left, right = (store.per_sample(run["id"], metric) for run in (candidate, teacher))
+    keys = sorted(left.keys() & right.keys())
+    prompts = [key[0] for key in keys]
+    ours, base = (cluster_means(np.array([side[key] for key in keys]), prompts) for side in (left, right))
+    if len(ours) < 2 or metric in COSTS or not base.mean() > 0:
+        return None
+    share = float(ours.mean() / base.mean())
+    se = float((ours - share * base).std(ddof=1)) / math.sqrt(len(ours)) / float(base.mean())
+    return normal_interval(100 * share, 100 * se, len(ours))
 
 
 def prompt_differences(left: dict[Key, float], right: dict[Key, float]) -> NDArray[np.float64]:

@@ -72,19 +72,21 @@ class Draw(_Strict):
 
 
 class Suite(_Strict):
-    """A suite file. metrics: metric names with their options. batch: pictures made at once.
+    """A suite file. metrics: metric names with their options. batch: pictures or clips made at once.
 
-    cache: False makes every picture again, for metrics of time.
+    frames: of the clip that every sample is; None: pictures. cache: False makes every sample again, for metrics of
+    time.
     """
 
     name: str
     description: str
-    world: Literal["scenes", "digits", "text"]
+    world: Literal["scenes", "moving-scenes", "digits", "text"]
     prompts: Draw
     seeds_per_prompt: int = Field(default=1, ge=1)
     metrics: dict[str, dict[str, Any]]
     batch: int = Field(default=32, ge=1)
     cache: bool = True
+    frames: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _not_empty(self) -> Suite:
@@ -93,7 +95,14 @@ class Suite(_Strict):
         if (self.world == "text") != (self.prompts.files is not None):
             given = "given" if self.prompts.files else "missing"
             raise ValueError(f"world is {self.world} and prompts.files {given}; use files with the world text alone")
+        if self.world != "text" and (self.world == "moving-scenes") != (self.frames is not None):
+            raise ValueError(f"world is {self.world} and frames {self.frames}; give frames to worlds of clips alone")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Pictures have no frames, so that their runs compare with those from before there were clips."""
+        return {key: value for key, value in dump(self).items() if (key, value) != ("frames", None)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,11 @@ class Prompt:
     @property
     def key(self) -> tuple[str, int]:
         return self.id, self.seed
+
+    @property
+    def moving(self) -> bool:
+        """Whether it is of a scene in which something moves."""
+        return self.scene is not None and self.scene.motion != "still"
 
 
 def suite_names() -> tuple[str, ...]:
@@ -140,7 +154,7 @@ def build_prompts(suite: Suite, limit: int | None = None) -> list[Prompt]:
     number = total if limit is None else limit
     if not 1 <= number <= total:
         raise EvalError(f"--samples is {number} but suite {suite.name!r} has {total}; use 1 to {total}")
-    drawn = {"scenes": scene_prompt, "digits": digit_prompt}
+    drawn = {"scenes": scene_prompt, "moving-scenes": moving_prompt, "digits": digit_prompt}
     make = _reader(suite.prompts) if suite.world == "text" else drawn[suite.world]
     prompts = []
     for position in range(number):
@@ -181,11 +195,16 @@ def read_style(path: Path) -> list[str]:
     return texts
 
 
-def scene_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+def scene_prompt(draw: Draw, index: int, seed: int, *, moving: bool = False) -> Prompt:
     count = draw.things[index % len(draw.things)] if draw.things else None
-    scene = sample_scene(draw.seed, index, count=count, combinations=draw.combinations)
+    scene = sample_scene(draw.seed, index, count=count, combinations=draw.combinations, moving=moving)
     caption = describe(scene, np.random.default_rng((draw.seed, index, 1)))
-    return Prompt(f"scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption, scene=scene)
+    kind = "moving-" if moving else ""
+    return Prompt(f"{kind}scenes-{draw.combinations}-{draw.seed}-{index}", caption.text, seed, caption, scene=scene)
+
+
+def moving_prompt(draw: Draw, index: int, seed: int) -> Prompt:
+    return scene_prompt(draw, index, seed, moving=True)
 
 
 def digit_prompt(draw: Draw, index: int, seed: int) -> Prompt:

@@ -3,14 +3,12 @@
     python -m eval.report                          # the newest night of every bundle, into runs/nightly/<night>
     python -m eval.report --night 2026-11-23 --out /tmp/report
 
-Everything comes from the store; pictures come from the cache of generations as long as they are there.
+Everything comes from the store; pictures and clips come from the cache of generations as long as they are there.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,13 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from eval.errors import EvalError
 from eval.gate import decimals
 from eval.notify import headline
 from eval.pairing import COSTS
-from eval.pictures import pictures
+from eval.pictures import data_url, fps_of, pictures
 from eval.plots import bar, history
 from eval.run import DEFAULT_CACHE, DEFAULT_STORE
 from eval.store import Store
@@ -34,6 +31,8 @@ from eval.store import Store
 Record = dict[str, Any]
 Key = tuple[str, int]
 TEMPLATE = Path(__file__).parent / "report.html"
+ORDER = ("regression", "broken", "invalid", "not comparable", "inconclusive", "improvement", "equivalent")
+"""What somebody who was woken wants to see first."""
 DAYS = 14
 """Nights back in which a missing one is shown."""
 _RANDOM = 4
@@ -91,7 +90,25 @@ def score_cells(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("history", "teacher"):
         if row.get(name):
             cells[name] = _signed(row, row[name], digits)
+    kept = (row.get("teacher") or {}).get("retention")
+    if kept:
+        cells["teacher"] += f", keeps {kept['value']:.1f} % [{kept['low']:.1f}, {kept['high']:.1f}]"
     return cells
+
+
+def curve_cells(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The curve over steps as a table: {steps, rows: [(metric, values)]}; None when there is none."""
+    if not points:
+        return None
+    steps = sorted({point["steps"] for point in points})
+    lines = []
+    for metric in dict.fromkeys(point["metric"] for point in points):
+        own = {point["steps"]: point for point in points if point["metric"] == metric}
+        ends = [point[end] for point in own.values() for end in ("low", "high") if point[end] is not None]
+        digits = decimals((max(ends) - min(ends)) / 10 if ends else 0.0)
+        arrow = "↑" if own[steps[0]]["direction"] == "higher" else "↓"
+        lines.append((f"{metric} {arrow}", [f"{own[k]['value']:.{digits}f}" if k in own else "–" for k in steps]))
+    return {"steps": steps, "rows": lines}
 
 
 def _number(result: Mapping[str, Any] | None, digits: int) -> str:
@@ -126,7 +143,7 @@ def win_rate(store: Store, record: Record, row: dict[str, Any]) -> str:
     return f"better {better:.0f} %, equal {100 - better - worse:.0f} %, worse {worse:.0f} %"
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- pictures and clips --------------------------------------------------------------------------------------------
 
 
 def galleries(store: Store, record: Record, cache: Path) -> list[dict[str, Any]]:
@@ -176,32 +193,30 @@ def _pairs(store: Store, record: Record, suite: str, keys: Sequence[Key], cache:
     new = pictures(store, run, cache, keys)
     old = pictures(store, store.run(before), cache, keys) if before else {}
     texts = store.texts(run["id"])
+
+    def shown(image: NDArray[np.uint8] | None) -> str:
+        return "" if image is None else data_url(image, fps_of(run), side=_PIXELS)
+
     return [
-        {"text": texts[key], "seed": key[1], "old": embed(old.get(key)), "new": embed(new.get(key)), "kind": ""}
+        {"text": texts[key], "seed": key[1], "old": shown(old.get(key)), "new": shown(new.get(key)), "kind": ""}
         for key in keys
     ]
-
-
-def embed(image: NDArray[np.uint8] | None) -> str:
-    """A data URL of a picture (3, H, W) uint8, enlarged by a whole factor; empty when there is none."""
-    if image is None:
-        return ""
-    factor = max(1, round(_PIXELS / image.shape[1]))
-    buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0).repeat(factor, 0).repeat(factor, 1)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # --- the two forms -------------------------------------------------------------------------------------------------
 
 
 def _bundle(store: Store, record: Record, cache: Path | None, expected_by: str) -> dict[str, Any]:
+    rows = sorted(record["rows"], key=lambda row: (row["watched"], ORDER.index(row["verdict"])))
+    record = record | {"rows": rows}
     nights = [row for row in store.nights(record["bundle"]) if row["night"] <= record["night"]]
     shown: dict[str, Any] = {
         "record": record,
         "headline": headline(record),
         "rows": [score_cells(row) | {"wins": win_rate(store, record, row)} for row in record["rows"]],
         "calendar": calendar(nights, record["night"], expected_by),
+        "curve": curve_cells(record.get("curve", [])),
+        "turns": record.get("turns", []),
     }
     if cache is not None:
         shown["plots"] = [plot for row in record["rows"] if (plot := history(row, nights)) is not None]
@@ -216,8 +231,7 @@ def render(store: Store, records: Sequence[Record], *, cache: Path, expected_by:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text())
     bundles = [_bundle(store, record, cache, expected_by) for record in records]
-    order = ("regression", "broken", "invalid", "not comparable", "inconclusive", "improvement", "equivalent")
-    worst = min((record["verdict"] for record in records), key=order.index)
+    worst = min((record["verdict"] for record in records), key=ORDER.index)
     data = json.dumps(list(records), allow_nan=False).replace("<", "\\u003c")
     return template.render(bundles=bundles, worst=worst, night=records[0]["night"], data=data)
 
@@ -234,6 +248,7 @@ def markdown(store: Store, records: Sequence[Record], *, expected_by: str = "04:
             "",
         ]
         lines += [f"- suspicious trade-off: {_plain(text)}" for text in record["trade_offs"]]
+        lines += [f"- suspicious: {_plain(text)}" for text in record.get("turns", [])]
         lines += [f"- failed: {_plain(text)}" for text in record["failures"]]
         failed = [control for control in record["controls"] if not control["ok"]]
         lines += [f"- control failed: {control['damage']} on {control['metric']}" for control in failed]

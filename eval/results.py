@@ -84,8 +84,8 @@ def _rule(columns: int) -> str:
 
 def _legend() -> str:
     return (
-        "Brackets hold 95 % intervals: Wilson for accuracies, a studentised bootstrap over prompts for rewards, "
-        "influence functions for FID and KID (reference held fixed), order statistics for times. ↑ higher is better, "
+        "Brackets hold 95 % intervals: Wilson for accuracies, a studentised bootstrap over prompts for other means, "
+        "influence functions for distances (reference held fixed), order statistics for times. ↑ higher is better, "
         "↓ lower is better. † this reward was trained on. ‡ fewer samples than the metric needs to be reported."
     )
 

@@ -1,9 +1,12 @@
-"""Score a bundle, a service or a folder of pictures on a suite, and keep the result.
+"""Score a bundle, a service or a folder of pictures or clips on a suite, and keep the result.
 
     python -m eval.run bundles/scenes-sdxl --suite scenes-trained --steps 4
     python -m eval.run bundles/scenes-sdxl --suite scenes-trained --runtime openvino --precision bfloat16 --threads 1
     python -m eval.run http://127.0.0.1:3000 --suite scenes-held-out --samples 200
     python -m eval.run renders --suite scenes-trained        # what the judges say of the truth
+    python -m eval.run bundles/scenes-wan --suite scenes-wan-trained --steps 4               # clips
+
+    torchrun --nproc-per-node 2 -m eval.run bundles/scenes-sdxl --suite scenes-fid           # or --shard 1/2, 2/2
 
 Pictures are cached by content, so a run that was interrupted goes on where it stopped when it is started again. Exit
 codes: 0 scored and stored, 3 the measurement could not be made.
@@ -15,6 +18,7 @@ import argparse
 import os
 import platform
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,8 +33,9 @@ from distill.reward_names import parse_reward
 from eval import judges
 from eval.errors import EvalError
 from eval.golden import unverified
-from eval.metrics import Metric, Score, create, preference
+from eval.metrics import Metric, Samples, Score, create, preference
 from eval.prompts import Prompt, Suite, build_prompts, load_suite, suite_names
+from eval.shards import Shard, Shares, parse_shard
 from eval.sources import Source, generate, open_source, write_folder
 from eval.store import RunInfo, Store
 from service.runtimes.base import Precision, RuntimeChoice
@@ -38,6 +43,7 @@ from service.runtimes.base import Precision, RuntimeChoice
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
 JUDGED = {
+    "aesthetic",
     "fid",
     "fd-dinov2",
     "cmmd",
@@ -50,6 +56,11 @@ JUDGED = {
     "diversity",
     "geneval",
     "inception-score",
+    "motion-accuracy",
+    "frame-composition",
+    "subject-consistency",
+    "fvd",
+    "kvd",
 }
 """Metrics that load a network from the folder of judges."""
 MEASURED = {"memory", "parity"}
@@ -75,22 +86,84 @@ def run(
     metrics = [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
     with Store(store) as db:
         identifier = db.begin(_info(source, suite, prompts, label or source.name, command))
+        done = pending = 0
         try:
-            bar = tqdm(total=len(prompts), desc=f"{source.name}: {suite.name}", unit="image", disable=quiet)
+            unit = "clip" if suite.frames else "image"
+            bar = tqdm(total=len(prompts), desc=f"{source.name}: {suite.name}", unit=unit, disable=quiet)
             with bar:
                 for made in generate(source, prompts, batch=suite.batch, cache=cache if suite.cache else None):
+                    pending = len(made.prompts)
+                    _check_media(source, suite, metrics, made)
                     for metric in metrics:
                         metric.update(made)
+                    done, pending = done + pending, 0
                     if keep is not None:
-                        write_folder(keep, made)
+                        write_folder(keep, made, source.about.get("fps", 8.0))
                     bar.update(len(made.prompts))
             scores = [metric.compute() for metric in metrics]
             db.complete(identifier, prompts, scores)
         except BaseException as error:
             with suppress(Exception):
-                db.fail(identifier, f"{type(error).__name__}: {error}")
+                db.fail(identifier, f"{type(error).__name__}: {error}", scored=done, failed=pending)
             raise
     return identifier, scores
+
+
+def run_shard(
+    source: Source,
+    suite: Suite,
+    shard: Shard,
+    *,
+    store: Path = DEFAULT_STORE,
+    samples: int | None = None,
+    label: str | None = None,
+    folder: Path | None = None,
+    cache: Path = DEFAULT_CACHE,
+    command: str = "",
+    quiet: bool = False,
+) -> tuple[str, list[Score]] | list[int]:
+    """Generate and judge a share. Returns the run of all shares where this was the last one, else those that miss.
+
+    None are missing, and there is no run to return, where another share put all of them together meanwhile.
+    """
+    if not suite.cache:
+        raise EvalError(f"suite {suite.name!r} measures what making takes, which shares would distort; omit --shard")
+    prompts = build_prompts(suite, samples)
+    metrics = [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
+    info = _info(source, suite, prompts, label or source.name, command)
+    shares = Shares(cache, shard, _identity(info, metrics))
+    if shard.index in shares.missing:
+        bar = tqdm(desc=f"{source.name}: {suite.name} {shard}", unit="clip" if suite.frames else "image", disable=quiet)
+        chunks = []
+        with bar:
+            for made in generate(source, prompts, batch=suite.batch, cache=cache, share=(shard.index - 1, shard.of)):
+                _check_media(source, suite, metrics, made)
+                for metric in metrics:
+                    metric.update(made)
+                chunks.append([metric.take() for metric in metrics])
+                bar.update(len(made.prompts))
+        shares.keep(chunks)
+    with shares.last() as last:
+        if not last:
+            return [] if shard.index in shares.missing else shares.missing
+        shares.put_together(metrics)
+        scores = [metric.compute() for metric in metrics]
+        with Store(store) as db:
+            identifier = db.begin(info)
+            db.complete(identifier, prompts, scores)
+    return identifier, scores
+
+
+def _identity(info: RunInfo, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Everything that decides what a share holds."""
+    return {
+        "source": [info.source["name"], info.source["identity"]],
+        "suite": info.suite_resolved,
+        "expected": info.expected,
+        "label": info.label,
+        "judges": [metric.judge for metric in metrics],
+        "versions": info.versions,
+    }
 
 
 def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Source) -> Metric:
@@ -103,6 +176,17 @@ def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Sou
     if name in preference.KINDS:
         options["trained_on"] = _was_trained_on(source, preference.KINDS[name])
     return create(name, **options)
+
+
+def _check_media(source: Source, suite: Suite, metrics: Sequence[Metric], made: Samples) -> None:
+    """Raises EvalError when the source made, or a metric judges, something else than the suite asks for."""
+    if made.frames != suite.frames:
+        kinds = [f"clips of {frames} frames" if frames else "pictures" for frames in (made.frames, suite.frames)]
+        raise EvalError(f"{source.name} makes {kinds[0]} and suite {suite.name} asks for {kinds[1]}; use another suite")
+    media = "clips" if made.frames else "pictures"
+    for metric in metrics:
+        if metric.media not in (media, "any"):
+            raise EvalError(f"{metric.name} judges {metric.media} and suite {suite.name} is of {media}; leave it out")
 
 
 def _was_trained_on(source: Source, judge: str) -> bool:
@@ -184,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"suites: {', '.join(suite_names())}",
     )
-    parser.add_argument("source", help="a bundle's folder, a service's URL, a folder of PNG files, or renders")
+    parser.add_argument("source", help="a bundle's folder, a service's URL, a folder of PNG or MP4 files, or renders")
     parser.add_argument("--suite", required=True, help="a name from eval/suites or the path of a YAML file")
     parser.add_argument("--steps", type=int, help="sampling steps; default: the bundle's own")
     parser.add_argument("--samples", type=int, help="only the first N samples of the suite")
@@ -194,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--judges", type=Path, default=judges.DEFAULT_FOLDER, help="folder of judges; default: %(default)s"
     )
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="generations; default: %(default)s")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write every picture there as PNG")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write every sample there as a file")
     parser.add_argument(
         "--runtime",
         choices=get_args(RuntimeChoice),
@@ -205,10 +289,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", choices=get_args(Precision), default="float32", help="of its denoiser; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, help="threads of the runtime; default: all cores")
+    parser.add_argument("--shard", metavar="I/N", help="make and judge one of N shares; the last to end stores the run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     command = "python -m eval.run " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     try:
+        shard = parse_shard(args.shard)
+        if shard is not None and args.keep is not None:
+            raise EvalError(f"--keep is {args.keep} and --shard {shard}; keep pictures of whole runs only")
         suite = load_suite(args.suite)
         source = open_source(
             args.source,
@@ -217,25 +305,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch=suite.batch,
             runtime=args.runtime,
             precision=args.precision,
+            frames=suite.frames,
         )
-        identifier, scores = run(
-            source,
-            suite,
-            store=args.store,
-            samples=args.samples,
-            label=args.label,
-            folder=args.judges,
-            cache=args.cache,
-            keep=args.keep,
-            command=command,
-            quiet=args.quiet,
-        )
-    except EvalError as error:
+        options: dict[str, Any] = {
+            "store": args.store,
+            "samples": args.samples,
+            "label": args.label,
+            "folder": args.judges,
+            "cache": args.cache,
+            "command": command,
+            "quiet": args.quiet,
+        }
+        if shard is None:
+            identifier, scores = run(source, suite, keep=args.keep, **options)
+        else:
+            found = run_shard(source, suite, shard, **options)
+            if isinstance(found, list):
+                others = f"{', '.join(map(str, found))} of {shard.of} are missing, and the last of them stores the run"
+                print(f"kept share {shard}; {others if found else 'another one has stored the run'}")
+                return 0
+            identifier, scores = found
+    except (EvalError, OSError, sqlite3.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     for score in scores:
         print(describe_score(score, args.store))
-    print(f"wrote run {identifier} to {args.store}" + (f" and pictures to {args.keep}" if args.keep else ""))
+    print(f"wrote run {identifier} to {args.store}" + (f" and samples to {args.keep}" if args.keep else ""))
     return 0
 
 

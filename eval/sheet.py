@@ -2,6 +2,8 @@
 
     python -m eval.sheet --suite scenes-trained --out docs/sheet.png \\
         --source "teacher, 50 steps=runs/teacher-bundle@50" --source "AMD, 4 steps=bundles/scenes-sdxl@4"
+
+Clips, of a suite with frames, make an animated sheet: --out docs/sheet-wan.webp.
 """
 
 from __future__ import annotations
@@ -50,8 +52,27 @@ def contact_sheet(columns: dict[str, NDArray[np.uint8]], prompts: Sequence[Promp
     return sheet
 
 
+def save_sheet(
+    columns: dict[str, NDArray[np.uint8]], prompts: Sequence[Prompt], out: Path, *, scale: int = 2, fps: float = 8.0
+) -> None:
+    """Write a sheet of pictures, or of clips (B, F, 3, H, W) an animated one, .webp or .gif."""
+    lengths = {images.shape[1] for images in columns.values() if images.ndim == 5}
+    moving = bool(lengths)
+    if moving != (out.suffix in (".webp", ".gif")):
+        raise EvalError(f"--out is {out}; name a .webp or .gif file for clips, and a .png file for pictures")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not moving:
+        contact_sheet(columns, prompts, scale=scale).save(out)
+        return
+    if len(lengths) > 1:
+        raise EvalError(f"clips of {sorted(lengths)} frames cannot stand side by side; give sources of one length")
+    at = [{label: clips[:, i] for label, clips in columns.items()} for i in range(lengths.pop())]
+    first, *rest = [contact_sheet(frame, prompts, scale=scale) for frame in at]
+    first.save(out, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=80, method=4)
+
+
 def pictures(source: Source, prompts: Sequence[Prompt]) -> NDArray[np.uint8]:
-    """(B, 3, H, W) uint8 of all prompts."""
+    """(B, 3, H, W) uint8 of all prompts, of clips (B, F, 3, H, W)."""
     return np.concatenate([made.images for made in generate(source, prompts, batch=8)])
 
 
@@ -72,20 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", default="scenes-trained", help="whose prompts and seeds; default: %(default)s")
     parser.add_argument("--samples", type=int, default=8, help="rows; default: %(default)s")
     parser.add_argument("--scale", type=int, default=2, help="enlargement; default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, help="a PNG file")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG file; of clips a WebP or GIF file")
     args = parser.parse_args(arguments)
     try:
-        prompts = build_prompts(load_suite(args.suite), args.samples)
+        suite = load_suite(args.suite)
+        prompts = build_prompts(suite, args.samples)
         columns = {}
         for text in args.source:
             label, where, steps = parse_source(text)
-            columns[label] = pictures(open_source(where, steps=steps, batch=8), prompts)
-        sheet = contact_sheet(columns, prompts, scale=args.scale)
+            columns[label] = pictures(open_source(where, steps=steps, batch=8, frames=suite.frames), prompts)
+        save_sheet(columns, prompts, args.out, scale=args.scale)
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(args.out)
     print(f"wrote {args.out}")
     return 0
 

@@ -1,26 +1,21 @@
-"""Where pictures come from: a bundle in this process, a service over HTTP, or a folder of files.
+"""Where pictures and clips come from: a bundle in this process, a service over HTTP, a folder of files, the truth.
 
     source = open_source("bundles/scenes-sdxl", steps=4)
     for samples in generate(source, prompts, batch=32, cache=Path("runs/eval/samples")): ...
 
-A source says what it is (identity); everything in identity decides the pictures, so generations are cached by the hash
+A source says what it is (identity); everything in identity decides what it makes, so generations are cached by the hash
 of identity and samples, and a run that is started again makes only what is missing.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
 import hashlib
 import io
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,20 +24,19 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from distill.bundle import Bundle, BundleError, Manifest
+from eval.clips import read_clip, write_clip
 from eval.errors import EvalError
 from eval.metrics.base import Samples
 from eval.prompts import Prompt
 from service.runtimes.base import Precision, RuntimeChoice
 
 Images = NDArray[np.uint8]
-CHUNK = 64
-"""Samples per cached file: what an interrupted run can lose."""
-_PARALLEL_REQUESTS = 8
-_ATTEMPTS = 5
+CHUNK, CLIP_CHUNK = 64, 16
+"""Pictures, and clips, per cached file: what an interrupted run can lose."""
 
 
 class Source(Protocol):
-    """Makes pictures (B, 3, H, W) uint8 of prompts.
+    """Makes pictures (B, 3, H, W) uint8 of prompts, or clips (B, F, 3, H, W).
 
     name: for people. identity: everything that decides the pictures, JSON; None when that cannot be known and nothing
     may be cached. about: more to record, JSON.
@@ -63,11 +57,12 @@ def open_source(
     batch: int = 32,
     runtime: RuntimeChoice = "auto",
     precision: Precision = "float32",
+    frames: int | None = None,
 ) -> Source:
-    """A bundle's folder, an http(s) URL (with #model for one model of several), a folder of pictures, or "renders".
+    """A bundle's folder, an http(s) URL (with #model for one model of several), a folder of files, or "renders".
 
-    runtime and precision are for bundles; see service.runtimes.choose. Raises EvalError when there is nothing there or
-    it cannot make that number of steps.
+    runtime and precision are for bundles; see service.runtimes.choose. frames: of every clip; None: pictures. Raises
+    EvalError when there is nothing there or it cannot make that number of steps or frames.
     """
     if (runtime, precision) != ("auto", "float32") and not (Path(where) / "bundle.json").is_file():
         raise EvalError(
@@ -75,21 +70,24 @@ def open_source(
             "leave these two to whoever made them"
         )
     if where.startswith(("http://", "https://")):
-        return ServiceSource(where, steps)
+        from eval.remote import ServiceSource
+
+        return ServiceSource(where, steps, frames)
     if where == "renders":
-        return RenderSource()
+        return RenderSource(frames=frames)
     path = Path(where)
     if not path.is_dir():
         raise EvalError(f"{where} is no folder and no URL; give a bundle such as bundles/scenes-sdxl")
     if (path / "bundle.json").is_file():
-        return BundleSource(path, steps, threads, batch, runtime, precision)
-    if any(path.glob("*.png")):
-        return FolderSource(path)
-    raise EvalError(f"{where} holds neither bundle.json nor .png pictures; give a bundle such as bundles/scenes-sdxl")
+        return BundleSource(path, steps, threads, batch, runtime, precision, frames)
+    kind = "png" if frames is None else "mp4"
+    if any(path.glob(f"*.{kind}")):
+        return FolderSource(path, frames)
+    raise EvalError(f"{where} holds neither bundle.json nor .{kind} files; give a bundle such as bundles/scenes-sdxl")
 
 
 class BundleSource:
-    """A bundle on a runtime of this machine, without a service."""
+    """A bundle on a runtime of this machine, without a service. frames: of its clips; None: its usual number."""
 
     def __init__(
         self,
@@ -99,6 +97,7 @@ class BundleSource:
         batch: int = 32,
         runtime: RuntimeChoice = "auto",
         precision: Precision = "float32",
+        frames: int | None = None,
     ) -> None:
         from service.runtimes import RuntimeUnavailable, open_runtime
 
@@ -106,7 +105,7 @@ class BundleSource:
         self._options = (threads, batch, runtime, precision)
         try:
             self._bundle = Bundle.open(path)
-            self.steps = _known_steps(self._bundle, steps)
+            self.steps, self.frames = _known_steps(self._bundle, steps), _known_frames(self._bundle, frames)
             self._runtime = open_runtime(
                 self._bundle, threads=threads or cores, max_batch=batch, runtime=runtime, precision=precision
             )
@@ -128,8 +127,10 @@ class BundleSource:
             "runtime_version": capabilities.version,
             "precision": capabilities.precision,
             "device": capabilities.device,
+            **({"frames": self.frames} if self.frames else {}),
         }
         self.about = {"path": str(self.path), "threads": capabilities.threads, "provenance": manifest.provenance}
+        self.about |= {"fps": manifest.fps} if self.frames else {}
 
     @property
     def manifest(self) -> Manifest:
@@ -148,10 +149,17 @@ class BundleSource:
         other.name, other.identity["damage"] = f"{self.name}, {title}", title
         return other
 
+    def at_steps(self, steps: int) -> BundleSource:
+        """The same weights on the same runtime with another number of steps."""
+        other = copy.copy(self)
+        other.steps = _known_steps(self._bundle, steps)
+        other._describe()
+        return other
+
     def reopened(self, path: Path) -> BundleSource:
         """Another bundle with this one's steps and options."""
         threads, batch, runtime, precision = self._options
-        return BundleSource(path, self.steps, threads, batch, runtime, precision)
+        return BundleSource(path, self.steps, threads, batch, runtime, precision, self.frames)
 
     @property
     def command(self) -> list[str]:
@@ -164,7 +172,7 @@ class BundleSource:
     def computed_by(self, runtime: RuntimeChoice, precision: Precision) -> BundleSource:
         """The same bundle and steps on another runtime or in another precision."""
         threads, batch, _, _ = self._options
-        return BundleSource(self.path, self.steps, threads, batch, runtime, precision)
+        return BundleSource(self.path, self.steps, threads, batch, runtime, precision, self.frames)
 
     def make(self, prompts: Sequence[Prompt]) -> Images:
         from service.runtimes import generate as sample
@@ -176,7 +184,8 @@ class BundleSource:
             if any(prompt.label is None for prompt in prompts):
                 raise EvalError(f"{manifest.name} takes labels and the suite has none; use a suite of world digits")
             texts = {"labels": np.array([prompt.label for prompt in prompts], dtype=np.int64)}
-        return np.ascontiguousarray(sample(self._runtime, manifest, texts, seeds, self.steps).transpose(0, 3, 1, 2))
+        made = sample(self._runtime, manifest, texts, seeds, self.steps, frames=self.frames)
+        return np.ascontiguousarray(np.moveaxis(made, -1, -3))
 
 
 def _known_steps(bundle: Bundle, steps: int | None) -> int:
@@ -189,128 +198,89 @@ def _known_steps(bundle: Bundle, steps: int | None) -> int:
     return wanted
 
 
-class ServiceSource:
-    """A running service as its users see it: POST /v1/images/generations, several requests at a time."""
-
-    def __init__(self, url: str, steps: int | None = None) -> None:
-        self._url, _, self._model = url.partition("#")
-        self._steps = steps
-        models = {model["id"]: model for model in self._request("/v1/models")["data"]}
-        if self._model and self._model not in models:
-            raise EvalError(f"{self._url} serves {sorted(models)}, not {self._model!r}; use one of these")
-        model = models[self._model] if self._model else next(iter(models.values()))
-        able = model.get("capabilities", {})
-        if steps is not None and steps not in able.get("steps", [steps]):
-            raise EvalError(f"--steps is {steps} but {model['id']} samples in {able['steps']}; use one of these")
-        taken = steps or able.get("default_steps")
-        self.name = f"{model['id']} at {self._url}, {taken or 'default'} steps"
-        self.about = {"kind": "service", "url": self._url, "model": model}
-        # Only a service that says which weights it runs makes pictures that may be reused.
-        known = {
-            "digest": model.get("digest"),
-            "steps": taken,
-            "runtime": able.get("runtime"),
-            "runtime_version": able.get("runtime_version"),
-            "precision": able.get("precision"),
-            "device": able.get("device"),
-        }
-        self.identity: dict[str, Any] | None = {"kind": "service", **known} if all(known.values()) else None
-
-    def make(self, prompts: Sequence[Prompt]) -> Images:
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            return np.stack(list(pool.map(self._picture, prompts)))
-
-    def _picture(self, prompt: Prompt) -> Images:
-        body: dict[str, Any] = {"prompt": prompt.text, "seed": prompt.seed, "n": 1, "response_format": "b64_json"}
-        body |= {"model": self._model} if self._model else {}
-        body |= {"steps": self._steps} if self._steps else {}
-        answer = self._request("/v1/images/generations", body)
-        try:
-            return _pixels(
-                base64.b64decode(answer["data"][0]["b64_json"], validate=True), f"the picture of {prompt.id}"
-            )
-        except (KeyError, IndexError, TypeError, binascii.Error) as error:
-            raise EvalError(f"{self._url} answered without a picture for {prompt.id} ({error!r})") from None
-
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON answer; a busy service, or one that restarts in the middle, is asked again with growing pauses."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url.rstrip("/") + path, data, {"content-type": "application/json"})
-        for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1
-            try:
-                with urllib.request.urlopen(request, timeout=300) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                detail = error.read(2000).decode(errors="replace")
-                if error.code not in (429, 503) or last:
-                    raise EvalError(f"{self._url}{path} answered {error.code}: {detail}") from None
-            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-                if last or body is None:
-                    raise EvalError(f"{self._url}{path} does not answer ({error}); start it with: make serve") from None
-            time.sleep(0.5 * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+def _known_frames(bundle: Bundle, frames: int | None) -> int | None:
+    """Of the clips to make; None: the bundle makes pictures."""
+    manifest = bundle.manifest
+    if frames is None:
+        return manifest.frames[0] if manifest.frames else None
+    if not manifest.frames:
+        raise EvalError(f"{bundle.path} makes pictures and the suite asks for clips; use a suite without frames")
+    if (frames - 1) % manifest.frame_stride:
+        raise EvalError(
+            f"frames is {frames} and {bundle.path} makes 1 more than a multiple of {manifest.frame_stride}; "
+            f"use {1 + manifest.frame_stride * ((frames - 1) // manifest.frame_stride)}"
+        )
+    return frames
 
 
 class FolderSource:
-    """Pictures made elsewhere, one file per sample; see file_name."""
+    """Pictures, or clips of so many frames, made elsewhere, one file per sample; see file_name."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, frames: int | None = None) -> None:
+        self._path, self._frames = path, frames
         self.name = path.name
         self.identity: dict[str, Any] | None = None
         self.about = {"kind": "folder", "path": str(path)}
 
     def make(self, prompts: Sequence[Prompt]) -> Images:
-        paths = [self._path / file_name(prompt) for prompt in prompts]
+        paths = [self._path / file_name(prompt, clip=self._frames is not None) for prompt in prompts]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            raise EvalError(f"{self._path} lacks {len(missing)} of {len(paths)} pictures, first {missing[0]}; add them")
-        pictures = [_pixels(path.read_bytes(), str(path)) for path in paths]
-        shapes = {picture.shape for picture in pictures}
+            raise EvalError(f"{self._path} lacks {len(missing)} of {len(paths)} files, first {missing[0]}; add them")
+        made = [read_clip(p)[0] if self._frames else read_picture(p.read_bytes(), str(p)) for p in paths]
+        shapes = {one.shape for one in made}
         if len(shapes) > 1:
-            raise EvalError(f"{self._path} holds pictures of several sizes {sorted(shapes)}; make them of one size")
-        return np.stack(pictures)
+            raise EvalError(f"{self._path} holds files of several sizes {sorted(shapes)}; make them of one size")
+        return np.stack(made)
 
 
 class RenderSource:
-    """The truth: a ray-traced picture of every prompt's own scene.
+    """The truth: a ray-traced picture, or clip, of every prompt's own scene.
 
-    Its scores say what the judges can see: the labeller's own accuracy, the FID of a perfect model at this number of
-    samples, the reward of right pictures.
+    Its scores say what the judges can see: the labellers' own accuracies, the distance of a perfect model at this
+    number of samples, the reward of right pictures.
     """
 
     name = "renders"
 
-    def __init__(self, size: int = 64) -> None:
-        from distill.data.cache import WORLD_VERSION
+    def __init__(self, size: int = 64, frames: int | None = None) -> None:
+        from distill.data.cache import CLIP_VERSION, FPS, WORLD_VERSION
 
-        self._size = size
-        self.identity: dict[str, Any] | None = {"kind": "renders", "size": size, "version": WORLD_VERSION}
-        self.about: dict[str, Any] = {}
+        self._size, self._frames = size, frames
+        version = WORLD_VERSION if frames is None else CLIP_VERSION
+        self.identity: dict[str, Any] | None = {"kind": "renders", "size": size, "version": version}
+        self.identity |= {"frames": frames} if frames else {}
+        self.about: dict[str, Any] = {"fps": FPS} if frames else {}
 
     def make(self, prompts: Sequence[Prompt]) -> Images:
-        from distill.data.scenes import render
+        from distill.data.cache import FPS
+        from distill.data.scenes import render, render_clip
 
         scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
         if len(scenes) != len(prompts):
-            raise EvalError("prompts without scenes cannot be rendered; use a suite of world scenes")
-        return np.asarray(render(scenes, self._size).numpy())
+            raise EvalError("prompts without scenes cannot be rendered; use a suite of world scenes or moving-scenes")
+        if self._frames is None:
+            return np.asarray(render(scenes, self._size).numpy())
+        clips = [render_clip(scene, self._frames, self._size, fps=FPS).transpose(0, 1).numpy() for scene in scenes]
+        return np.stack(clips)
 
 
-def file_name(prompt: Prompt) -> str:
-    """The file of a sample in a folder of pictures."""
-    return f"{prompt.id}_{prompt.seed}.png"
+def file_name(prompt: Prompt, *, clip: bool = False) -> str:
+    """The file of a sample in a folder."""
+    return f"{prompt.id}_{prompt.seed}.{'mp4' if clip else 'png'}"
 
 
-def write_folder(folder: Path, samples: Samples) -> None:
-    """Write samples as PNG files that FolderSource reads back to the same pixels."""
+def write_folder(folder: Path, samples: Samples, fps: float = 8.0) -> None:
+    """Write samples as files that FolderSource reads back to the same pixels: PNG, or clips without loss."""
     folder.mkdir(parents=True, exist_ok=True)
     for image, prompt in zip(samples.images, samples.prompts, strict=True):
-        Image.fromarray(image.transpose(1, 2, 0)).save(folder / file_name(prompt))
+        if samples.frames:
+            write_clip(folder / file_name(prompt, clip=True), image, fps)
+        else:
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / file_name(prompt))
 
 
-def _pixels(data: bytes, what: str) -> Images:
+def read_picture(data: bytes, what: str) -> Images:
     """(3, H, W) uint8 of an encoded picture."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -320,16 +290,26 @@ def _pixels(data: bytes, what: str) -> Images:
 
 
 def generate(
-    source: Source, prompts: Sequence[Prompt], *, batch: int = 32, cache: Path | None = None
+    source: Source,
+    prompts: Sequence[Prompt],
+    *,
+    batch: int = 32,
+    cache: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Samples]:
-    """Samples in order, in batches. cache: a folder for generations; None makes and times every picture again."""
+    """Samples in order, in batches. cache: a folder for generations; None makes and times every sample again.
+
+    share: (i, n) makes only batches i, i + n, …
+    """
+    first, step = share
     if cache is None or source.identity is None:
-        for start in range(0, len(prompts), batch):
+        for start in range(first * batch, len(prompts), step * batch):
             yield _make(source, prompts[start : start + batch])
         return
     cache.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
+    size = chunk_size(source.identity)
+    for start in range(first * size, len(prompts), step * size):
+        chunk = prompts[start : start + size]
         images = cached(cache, source.identity, chunk)
         if images is None:
             path = _path(cache, source.identity, chunk)
@@ -348,8 +328,13 @@ def _make(source: Source, prompts: Sequence[Prompt]) -> Samples:
     return Samples(images, tuple(prompts), np.array([took]) if len(prompts) == 1 else None, took)
 
 
+def chunk_size(identity: dict[str, Any]) -> int:
+    """Samples per cached file of a source."""
+    return CLIP_CHUNK if identity.get("frames") else CHUNK
+
+
 def cached(cache: Path, identity: dict[str, Any], chunk: Sequence[Prompt]) -> Images | None:
-    """The pictures of up to CHUNK samples, a whole chunk of a run, or None when they are not in the cache."""
+    """The samples of a whole chunk of a run, see chunk_size, or None when they are not in the cache."""
     return _load(_path(cache, identity, chunk), len(chunk))
 
 
@@ -369,4 +354,4 @@ def _load(path: Path, count: int) -> Images | None:
         images = np.load(path)
     except (OSError, ValueError, EOFError):
         return None
-    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+    return images if images.dtype == np.uint8 and images.ndim in (4, 5) and len(images) == count else None

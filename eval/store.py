@@ -3,7 +3,8 @@
     runs      id, label, status (running | complete | failed), error, started, finished (UTC, ISO 8601), command,
               suite, resolved_json (the suite in full), world, source_json (name; identity: kind, digest, runtime,
               steps, guidance …; about: path, provenance …), hardware_json, versions_json, revision, dirty (the code
-              differed from the revision), expected, scored, failed (numbers of samples)
+              differed from the revision), expected, scored, failed, skipped (numbers of samples: judged by every
+              metric; of the batch that a metric could not judge; never made, because the run had ended)
     samples   run, position, prompt_id, prompt, seed: one row per sample in order
     results   run, metric, value, low, high, se, n, clusters, direction, unit, smallest_n, trained_on,
               per_sample_kind (value | influence), protocol_json, parts_json
@@ -39,7 +40,7 @@ from eval.errors import EvalError
 from eval.metrics.base import Score
 from eval.prompts import Prompt
 
-VERSION = 2
+VERSION = 3
 _PATIENCE = 30.0
 """Seconds to wait for another process that writes."""
 _SCHEMA = """
@@ -77,7 +78,8 @@ CREATE TABLE nights (
     alerted INTEGER NOT NULL, outcome_json TEXT NOT NULL, PRIMARY KEY (night, bundle)
 ) WITHOUT ROWID;
 """
-_UPGRADES = (_SCHEMA, _SECOND)
+_THIRD = "ALTER TABLE runs ADD COLUMN skipped INTEGER NOT NULL DEFAULT 0"
+_UPGRADES = (_SCHEMA, _SECOND, _THIRD)
 """Entry v takes a store of version v to v + 1."""
 
 
@@ -164,11 +166,12 @@ class Store:
         self._insert("runs", [row])
         return run
 
-    def fail(self, run: str, error: str) -> None:
-        """Say why a run ended without results."""
+    def fail(self, run: str, error: str, *, scored: int = 0, failed: int = 0) -> None:
+        """Say why a run ended without results, and how far it came; what it never reached was skipped."""
         self._db.execute(
-            "UPDATE runs SET status = 'failed', error = ?, finished = ? WHERE id = ? AND status = 'running'",
-            (error, _now(), run),
+            "UPDATE runs SET status = 'failed', error = ?, finished = ?, scored = ?, failed = ?, "
+            "skipped = expected - ? WHERE id = ? AND status = 'running'",
+            (error, _now(), scored, failed, scored + failed, run),
         )
 
     def complete(self, run: str, prompts: Sequence[Prompt], scores: Sequence[Score]) -> None:
@@ -217,6 +220,12 @@ class Store:
         if row is None:
             raise EvalError(f"{self.path} has no complete run {run!r}; give the id of one that is")
         return _decode(row)
+
+    def failures(self, suite: str | None = None) -> list[dict[str, Any]]:
+        """Runs that ended without results, newest first, JSON decoded."""
+        where, values = (" AND suite = ?", [suite]) if suite is not None else ("", [])
+        rows = self._db.execute(f"SELECT * FROM runs WHERE status = 'failed'{where} ORDER BY finished DESC", values)
+        return [_decode(row) for row in rows]
 
     def status(self, run: str) -> str:
         row = self._db.execute("SELECT status FROM runs WHERE id = ?", (run,)).fetchone()

@@ -22,15 +22,16 @@ from eval.prompts import Prompt
 from eval.statistics import Interval
 
 Direction = Literal["higher", "lower"]
+Media = Literal["pictures", "clips", "any"]
 PerSample = Literal["value", "influence"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A batch of pictures with what they were asked for.
+    """A batch of pictures, or of clips, with what they were asked for.
 
-    images: (B, 3, H, W) uint8. seconds: (B,) wall time of each picture where it was made alone, else None.
-    batch_seconds: wall time of all of them together, None where they were not made now.
+    images: (B, 3, H, W) uint8, of clips (B, F, 3, H, W). seconds: (B,) wall time of each one where it was made alone,
+    else None. batch_seconds: wall time of all of them together, None where they were not made now.
     """
 
     images: NDArray[np.uint8]
@@ -40,11 +41,17 @@ class Samples:
 
     def __post_init__(self) -> None:
         shape = self.images.shape
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[:2] != (len(self.prompts), 3):
+        fits = len(shape) in (4, 5) and shape[-3] == 3 and shape[0] == len(self.prompts)
+        if self.images.dtype != np.uint8 or not fits:
             raise EvalError(
                 f"images have shape {shape} and type {self.images.dtype} for {len(self.prompts)} prompts; "
-                "give (B, 3, H, W) uint8, one picture per prompt"
+                "give (B, 3, H, W) uint8, one picture per prompt, or clips (B, F, 3, H, W)"
             )
+
+    @property
+    def frames(self) -> int | None:
+        """Of each clip; None: pictures."""
+        return self.images.shape[1] if self.images.ndim == 5 else None
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,17 @@ class Score:
 
 
 class Metric(ABC):
-    """Subclasses set the class attributes and register themselves with ``@register``."""
+    """Subclasses set the class attributes and register themselves with ``@register``. media: what they judge.
+
+    What update gathers stays in attributes that are lists of numbers, strings, dictionaries of them and arrays, and
+    nothing else is a list: a run that is divided among processes moves them with take and give.
+    """
 
     name: ClassVar[str]
     direction: ClassVar[Direction]
     unit: ClassVar[str]
     smallest_n: ClassVar[int] = 1
+    media: ClassVar[Media] = "pictures"
 
     @abstractmethod
     def update(self, samples: Samples) -> None:
@@ -105,6 +117,24 @@ class Metric(ABC):
     @abstractmethod
     def compute(self) -> Score:
         """The score of everything seen. Raises EvalError when nothing was seen."""
+
+    @property
+    def judge(self) -> str:
+        """Digest of the network that judges; empty where there is none."""
+        extractor = getattr(self, "_extractor", None)
+        return str(extractor.digest if extractor else getattr(self, "_identity", ""))
+
+    def take(self) -> dict[str, list[Any]]:
+        """What update has gathered since the last call, by attribute, taken out of the metric."""
+        gathered = {name: value for name, value in vars(self).items() if isinstance(value, list)}
+        for name in gathered:
+            setattr(self, name, [])
+        return gathered
+
+    def give(self, gathered: dict[str, list[Any]]) -> None:
+        """Put back what another metric of the same kind has gathered, after what is here."""
+        for name, entries in gathered.items():
+            getattr(self, name).extend(entries)
 
     def _score(
         self, interval: Interval, per_sample: NDArray[np.float64], protocol: dict[str, Any], **more: Any

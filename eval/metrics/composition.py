@@ -136,7 +136,8 @@ class Composition(PerSampleMetric):
     def __init__(self, folder: Path | None = None, labeller: Labeller | None = None, identity: str = "") -> None:
         super().__init__()
         self._labeller, self._identity = (labeller, identity) if labeller else load_labeller(folder)
-        self._verdicts: list[Verdict] = []
+        self._counts: list[bool] = []
+        self._rates: list[dict[str, float | None]] = []
         self._tasks: list[str] = []
 
     def update(self, samples: Samples) -> None:
@@ -151,18 +152,19 @@ class Composition(PerSampleMetric):
                 raise EvalError(f"prompt {prompt.id!r} has no facts to compare with; use a suite of world scenes")
             verdicts.append(judge(seen, prompt.caption))
             self._tasks.append(task(prompt.caption))
-        self._verdicts += verdicts
+        self._counts += [verdict.count for verdict in verdicts]
+        self._rates += [verdict.rates for verdict in verdicts]
         self._add(np.array([100.0 * verdict.right for verdict in verdicts]), samples)
 
     def compute(self) -> Score:
         self._need(len(self._values))
         values = np.array(self._values)
-        parts = {"count": float(np.mean([v.count for v in self._verdicts]))}
+        parts = {"count": float(np.mean(self._counts))}
         for kind in (*ATTRIBUTES, "relation"):
-            stated = [rate for v in self._verdicts if (rate := v.rates[kind]) is not None]
+            stated = [rate for rates in self._rates if (rate := rates[kind]) is not None]
             if stated:
                 parts[kind] = float(np.mean(stated))
-        right = [verdict.right for verdict in self._verdicts]
+        right = [value > 0 for value in self._values]
         parts |= {f"task {name}": share for name, share in by_task(right, self._tasks).items()}
         protocol = {"labeller": self._identity, "rule": "exact things, stated relations"}
         return self._score(proportion(values, self._clusters), values, protocol, parts=parts).check()

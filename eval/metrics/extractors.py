@@ -1,8 +1,9 @@
-"""Feature extractors by name: modules that map uint8 pictures (B, 3, H, W) to features (B, D).
+"""Feature extractors by name: modules that map uint8 pictures (B, 3, H, W), or clips (B, F, 3, H, W), to (B, D).
 
 Each finds its weights in a folder of that name among the judges.
 
 scenes-clip          the image tower of the embedded world's CLIP
+scenes-motion        of clips: the maximum and mean over places and times that the labeller of motion reads
 digits-cnn           the penultimate layer of the digits' judge (eval.metrics.digits)
 inception-v3         torch-fidelity's port of the TensorFlow graph that FID is defined on
 dinov2-vit-l-14      DINOv2's class token, for FD-DINOv2 (Stein et al., arXiv 2306.04675)
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from eval import judges
 from eval.errors import EvalError, nearest
 
-_BATCH = 128
+_BATCH, _CLIP_BATCH = 128, 16
 
 LOADERS: dict[str, Callable[[Path], nn.Module]] = {}
 
@@ -76,6 +77,26 @@ def load_clip(path: Path) -> nn.Module:
     values = json.loads(config.read_text()) if config.is_file() else {}
     mean, std = (tuple(values.get(key, (0.5, 0.5, 0.5))) for key in ("image_mean", "image_std"))
     return ClipImageTower(CLIPModel.from_pretrained(path, local_files_only=True), mean, std)
+
+
+class WatchedClips(nn.Module):
+    """What the labeller of motion has pooled over all places and times of a clip, before it answers."""
+
+    def __init__(self, labeller: Any) -> None:
+        super().__init__()
+        self.labeller = labeller
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """(B, F, 3, H, W) uint8 -> (B, 8·width) float32."""
+        parts = [self.labeller.pooled(part.transpose(1, 2).float() / 127.5 - 1) for part in clips.split(_CLIP_BATCH)]
+        return torch.cat(parts)
+
+
+@register_extractor("scenes-motion")
+def load_motion(path: Path) -> nn.Module:
+    from distill.motion import MotionLabeller
+
+    return WatchedClips(MotionLabeller.load(path))
 
 
 class Dinov2(nn.Module):
@@ -155,7 +176,7 @@ class Extractor:
         self._last: tuple[Any, NDArray[np.float32]] | None = None
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features (B, D) of pictures (B, 3, H, W) uint8."""
+        """Features (B, D) of pictures (B, 3, H, W) uint8, or of clips (B, F, 3, H, W)."""
         if self._last is None or self._last[0] is not images:
             with torch.inference_mode():
                 parts = [self.network(torch.tensor(images[i : i + _BATCH]))[0] for i in range(0, len(images), _BATCH)]

@@ -51,32 +51,33 @@ class Distance(Metric):
         self._reference: Truth = reference or DigitsReference()
         self._parts: list[NDArray[np.float32]] = []
         self._clusters: list[str] = []
-        self._size: int | None = None
+        self._sizes: list[int] = []
 
     def update(self, samples: Samples) -> None:
         height, width = samples.images.shape[-2:]
-        if height != width or self._size not in (None, height):
-            raise EvalError(
-                f"{self.name} got pictures of {width}×{height} after {self._size}; give squares of one size"
-            )
-        self._size = height
+        if height != width or self._sizes[:1] not in ([], [height]):
+            before = f" after {self._sizes[0]}" if self._sizes else ""
+            raise EvalError(f"{self.name} got pictures of {width}×{height}{before}; give squares of one size")
+        self._sizes.append(height)
         self._parts.append(self._extractor(samples.images))
         self._clusters += [prompt.id for prompt in samples.prompts]
 
     def compute(self) -> Score:
         n = sum(len(part) for part in self._parts)
         self._need(n, 2)
-        assert self._size is not None
+        if len(set(self._sizes)) > 1:
+            raise EvalError(f"{self.name} got pictures of sizes {sorted(set(self._sizes))}; give squares of one size")
+        size = self._sizes[0]
         features = np.concatenate(self._parts).astype(np.float64)
         if not np.isfinite(features).all():
             raise EvalError(f"{self._extractor.name} gave features that are not finite; look at the pictures")
-        reference = self._reference.features(self._extractor, self._size)
+        reference = self._reference.features(self._extractor, size)
         interval, influence = self._distance(features, reference)
         protocol = {
             "extractor": self._extractor.name,
             "weights": self._extractor.digest,
             "reference": self._reference.protocol,
-            "size": self._size,
+            "size": size,
             "n": n,
             "torch-fidelity": version("torch-fidelity"),
             **self._more_protocol(),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from eval import judges
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
@@ -36,16 +36,16 @@ class InceptionScore(PerSampleMetric):
             path = judges.find(folder, NAME)
             classifier, identity = load(path), judges.digest(path)
         self._classifier, self._identity = classifier, identity
-        self._logits: list[Tensor] = []
+        self._logits: list[NDArray[np.float32]] = []
 
     def update(self, samples: Samples) -> None:
         with torch.inference_mode():
-            self._logits.append(self._classifier(scans(torch.tensor(samples.images))))
+            self._logits.append(self._classifier(scans(torch.tensor(samples.images))).numpy())
         self._clusters += [prompt.id for prompt in samples.prompts]
 
     def compute(self) -> Score:
         self._need(len(self._clusters), 2)
-        value, influence = inception_score(torch.cat(self._logits).double().numpy())
+        value, influence = inception_score(np.concatenate(self._logits).astype(np.float64))
         interval = normal_interval(value, clustered_se(influence, self._clusters), len(set(self._clusters)))
         protocol = {"classifier": self._identity, "splits": 1, "n": len(influence)}
         return self._score(interval, influence, protocol, per_sample_kind="influence").check()

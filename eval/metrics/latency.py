@@ -24,6 +24,7 @@ class Latency(PerSampleMetric):
     direction = "lower"
     unit = "ms"
     smallest_n = 20
+    media = "any"
 
     def update(self, samples: Samples) -> None:
         if samples.seconds is None:

@@ -21,6 +21,7 @@ class Memory(PerSampleMetric):
     direction = "lower"
     unit = "MiB"
     smallest_n = 5
+    media = "any"
 
     def __init__(self, source: Any = None, measure: Callable[[Prompt], float] | None = None) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""How far a runtime's pictures are from those of ONNX Runtime in float32, of the same bundle, prompts and seeds.
+"""How far a runtime's pictures or clips are from those of ONNX Runtime in float32, of one bundle, prompts and seeds.
 
-    d = mean|a − b| over the pixels of a picture, in levels of 255
+    d = mean|a − b| over the pixels of a picture, or of all frames of a clip, in levels of 255
 
 0 for the reference itself. Export checks graphs once, against torch; this checks whole pictures, every night, on the
 machine, runtime, version and precision that serve.
@@ -25,6 +25,7 @@ class Parity(PerSampleMetric):
     direction = "lower"
     unit = "levels"
     smallest_n = 20
+    media = "any"
 
     def __init__(self, source: Any = None, reference: Any = None) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class Parity(PerSampleMetric):
             shapes = f"{wanted.shape} and this {samples.images.shape}"
             raise EvalError(f"the reference makes pictures {shapes}; export the bundle again")
         apart = np.abs(samples.images.astype(np.float64) - wanted)
-        self._add(apart.mean(axis=(1, 2, 3)), samples)
+        self._add(apart.reshape(len(apart), -1).mean(axis=1), samples)
 
     def compute(self) -> Score:
         self._need(len(self._values))

@@ -3,6 +3,7 @@
     hpsv2.1, hpsv2    100 × cosine under HPSv2's towers (Wu et al., arXiv 2306.09341)
     pickscore         100 × cosine under PickScore's (Kirstain et al., arXiv 2305.01569)
     imagereward       standardised logit of ImageReward (Xu et al., arXiv 2304.05977)
+    videoalign        VQ + MQ + TA of clips under VideoAlign (Liu et al., arXiv 2501.13918)
     clipscore         100 × cosine under CLIP ViT-L/14, not clipped at 0 (after Hessel et al., arXiv 2104.08718)
 
 A score is the mean over pictures, with the mean of each style beside it; HPSv2's own printout adds the deviation of ten
@@ -67,5 +68,10 @@ class ClipScore(Preference):
     name, kind = "clipscore", "clip"
 
 
-KINDS = {metric.name: metric.kind for metric in (HpsV21, HpsV2, PickScore, ImageReward, ClipScore)}
+@register
+class VideoAlign(Preference):
+    name = kind = "videoalign"
+
+
+KINDS = {metric.name: metric.kind for metric in (HpsV21, HpsV2, PickScore, ImageReward, ClipScore, VideoAlign)}
 """The reward behind each metric, as recipes name it."""

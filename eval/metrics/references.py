@@ -55,6 +55,41 @@ class Reference:
         return np.asarray(found, dtype=np.float64)
 
 
+class ClipReference:
+    """Held-out true clips of moving scenes: never a training stream. Features are kept on disk as those of stills."""
+
+    def __init__(self, seed: int, count: int, frames: int) -> None:
+        if seed not in EVALUATION_SEEDS:
+            raise EvalError(
+                f"reference_seed is {seed}, which may be a training stream; use one from {EVALUATION_SEEDS}"
+            )
+        self.seed, self.count, self.frames = seed, count, frames
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        from distill.data.cache import CLIP_VERSION
+
+        shown = {"seed": self.seed, "count": self.count, "frames": self.frames}
+        return {"world": "moving-scenes", "version": CLIP_VERSION, **shown}
+
+    def clips(self, size: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """(stop − start, F, 3, size, size); all of them are rendered once and kept."""
+        from distill.data.cache import scene_clips
+
+        found = scene_clips(self.seed, self.count, self.frames, size)[start:stop]
+        return np.ascontiguousarray(found.transpose(0, 2, 1, 3, 4))
+
+    def features(self, extractor: Extractor, size: int) -> NDArray[np.float64]:
+        """(count, D) features of clips of size × size."""
+        from distill.data.cache import CLIP_VERSION, cached_array
+
+        width = extractor(self.clips(size, 0, 1)).shape[1]
+        shape = f"{self.seed}-{self.count}-{self.frames}-{size}"
+        name = f"features-clips-{shape}-v{CLIP_VERSION}-{extractor.digest[:16]}"
+        found = cached_array(name, (self.count, width), np.float32, lambda a, b: extractor(self.clips(size, a, b)))
+        return np.asarray(found, dtype=np.float64)
+
+
 class DigitsReference:
     """All 1,797 scans of the digits, which is what their generators learn: too few to keep some of them out."""
 

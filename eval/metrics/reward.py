@@ -1,4 +1,7 @@
-"""A reward as a metric: the same code and weights that training uses, marked wherever training used it."""
+"""A reward as a metric: the same code and weights that training uses, marked wherever training used it.
+
+A reward of videos (``video``) judges clips, any other pictures.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from eval.statistics import bootstrap_mean
 
 
 class Scorer(Protocol):
-    """A reward: score(images (B, 3, H, W) uint8, captions or labels) -> (B,)."""
+    """A reward: score(images (B, 3, H, W) uint8, captions or labels) -> (B,). Of clips (B, 3, F, H, W) if ``video``."""
 
     name: str
 
@@ -24,12 +27,13 @@ class Scorer(Protocol):
 
 @register
 class Reward(PerSampleMetric):
-    """Mean reward over prompts: 100 × cosine of picture and caption for scenes, log p(label) for digits."""
+    """Mean reward over prompts: 100 × cosine of picture, or clip, and caption for scenes, log p(label) for digits."""
 
     name = "reward"
     direction = "higher"
     unit = ""
     smallest_n = 200
+    media = "any"
 
     def __init__(
         self,
@@ -47,9 +51,14 @@ class Reward(PerSampleMetric):
     def update(self, samples: Samples) -> None:
         import torch
 
+        films = getattr(self._scorer, "video", False)
+        if films != (samples.frames is not None):
+            kind = "clips" if films else "pictures"
+            raise EvalError(f"the reward {self._scorer.name} judges {kind}, which these are not; name another judge")
+        images = torch.from_numpy(samples.images)
         conditions = [prompt.text if prompt.label is None else prompt.label for prompt in samples.prompts]
         with torch.inference_mode():
-            scores = self._scorer.score(torch.from_numpy(samples.images), conditions)
+            scores = self._scorer.score(images.transpose(1, 2) if films else images, conditions)
         self._add(np.asarray(scores, dtype=np.float64), samples)
         self._styles.extend(prompt.style for prompt in samples.prompts)
 

@@ -22,6 +22,7 @@ class Throughput(PerSampleMetric):
     direction = "higher"
     unit = "/s"
     smallest_n = 80
+    media = "any"
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -291,8 +292,47 @@ def test_nan_scores_are_refused_and_the_run_says_so(
     assert "gave nan for sample 3" in capsys.readouterr().err
     with Store(tmp_path / "s.sqlite") as store:
         assert store.runs() == []
-        (row,) = store._db.execute("SELECT id, status, error FROM runs").fetchall()
-        assert row["status"] == "failed" and "sample 3" in row["error"]
+        (row,) = store.failures()
+        assert "sample 3" in row["error"] and (row["scored"], row["failed"], row["skipped"]) == (6, 0, 0)
+
+
+def test_a_run_that_ends_in_the_middle_says_how_far_it_came(
+    command: list[str], source: BundleSource, prompts: list[Prompt], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for made in generate(source, prompts, batch=4):
+        write_folder(tmp_path / "pictures", made)
+    (tmp_path / "pictures" / f"{prompts[5].id}_{prompts[5].seed}.png").write_bytes(b"no picture")
+    folder = [str(tmp_path / "pictures"), *command[1:3], *command[7:]]
+    assert run.main(folder) == 3
+    assert "cannot be decoded" in capsys.readouterr().err
+    with Store(tmp_path / "s.sqlite") as store:
+        (row,) = store.failures("tiny")
+        assert (row["expected"], row["scored"], row["failed"], row["skipped"]) == (6, 4, 0, 2) and store.runs() == []
+
+
+FULL = """
+import resource, sys
+from eval import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+raise SystemExit(run.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("room", [20_000, 150_000])
+def test_without_room_the_error_is_one_line_and_the_store_stays_whole(
+    command: list[str], tmp_path: Path, room: int
+) -> None:
+    """The kernel refuses to let any file grow: first the pictures, then the store itself."""
+    assert run.main(command) == 0
+    shutil.rmtree(tmp_path / "cache")
+    suite_file(tmp_path, prompts={"seed": 7_650_000, "count": 12, "things": [1, 2]})
+    done = subprocess.run([sys.executable, "-c", FULL, str(room), *command], capture_output=True, text=True)
+    assert done.returncode == 3 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr, done.stderr
+    with Store(tmp_path / "s.sqlite") as store:
+        assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        (kept,) = store.runs()
+        assert len(store.per_sample(kept["id"], "test-brightness")) == 6
+    assert run.main(command) == 0
 
 
 def test_bad_input_is_one_clear_line(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +363,7 @@ def test_a_damaged_bundle_is_named(
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_bundle, broken)
-    (broken / "onnx" / "step.onnx").write_bytes(b"")
+    (broken / "step.onnx").write_bytes(b"")
     assert run.main([str(broken), *command[1:]]) == 3
     assert "step.onnx was altered or truncated (0 bytes" in capsys.readouterr().err
 

@@ -33,6 +33,16 @@ def test_no_two_suites_share_a_stream() -> None:
     assert all(a + n <= b for (a, n), (b, _) in pairwise(starts))
 
 
+def test_something_moves_in_every_clip_and_its_caption_says_what() -> None:
+    prompts = build_prompts(load_suite("scenes-wan-trained"), 40)
+    for prompt in prompts:
+        assert prompt.moving and prompt.scene is not None and prompt.caption is not None
+        stated = prompt.caption.camera if prompt.caption.motion is None else prompt.caption.motion[1]
+        assert stated == prompt.scene.motion != "still" and prompt.id.startswith("moving-")
+    assert len({prompt.scene.motion for prompt in prompts if prompt.scene}) > 5
+    assert not any(prompt.moving for prompt in build_prompts(load_suite("scenes-trained"), 10))
+
+
 def test_captions_show_the_combinations_that_the_suite_names() -> None:
     def pairs(name: str) -> list[set[tuple[str, str]]]:
         prompts = build_prompts(load_suite(name), 60)

@@ -102,6 +102,20 @@ def test_the_page_shows_old_beside_new_and_escapes_strangers_text(store: Store, 
     assert data is not None and json.loads(data[1])[0]["verdict"] == "regression"
 
 
+def test_what_got_worse_stands_first_with_what_changed_around_it(store: Store, tmp_path: Path) -> None:
+    red = row("scenes-fid/kid", "regression", delta=-1.0)
+    watched = row("a/reward", "regression", watched=True)
+    made = record(row(), watched, red, since="2026-11-18", changes=["digest: 0123 → 4567", "code: abc → def"])
+    page = render(store, [made], cache=tmp_path)
+    banner = page[page.index('<section class="banner') : page.index("</section>")]
+    assert "Since the last good night, 2026-11-18: digest: 0123 → 4567; code: abc → def." in banner
+    shown = re.findall(r"<h3>(\S+)", page)
+    assert shown == ["scenes-fid/kid", KEYS[0], "a/reward"]
+    assert "Since the last" not in render(
+        store, [record(row(), since="2026-11-18", changes=["x: 1 → 2"])], cache=tmp_path
+    )
+
+
 def test_pictures_are_those_of_the_samples_and_their_absence_is_said(store: Store, tmp_path: Path) -> None:
     made = night_with_pictures(store, tmp_path / "cache")
     run = store.run(made["runs"]["scenes-trained"])

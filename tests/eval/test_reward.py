@@ -104,3 +104,25 @@ def test_missing_scores_are_refused() -> None:
         metric.update(samples(3, 10))
     with pytest.raises(EvalError, match="saw 0 samples"):
         metric.compute()
+
+
+class Brightening(RedOnRequest):
+    """A reward of clips: how much brighter the last frame is than the first."""
+
+    name, video = "brightening", True
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert images.shape[1:] == (3, 5, 8, 8), "channels come before frames"
+        return (images[:, :, -1].float() - images[:, :, 0].float()).mean(dim=(1, 2, 3))
+
+
+def test_a_reward_of_videos_judges_clips_and_no_pictures() -> None:
+    levels = np.broadcast_to(np.arange(0, 50, 10, dtype=np.uint8)[None, :, None, None, None], (3, 5, 3, 8, 8)).copy()
+    prompts = tuple(Prompt(f"p{i}", "a cube", i) for i in range(3))
+    metric = create("reward", scorer=Brightening(), identity="0")
+    metric.update(Samples(levels, prompts))
+    assert metric.compute().value == 40
+    with pytest.raises(EvalError, match="brightening judges clips"):
+        metric.update(samples(2, 10))
+    with pytest.raises(EvalError, match="red-on-request judges pictures"):
+        create("reward", scorer=RedOnRequest(), identity="0").update(Samples(levels, prompts))

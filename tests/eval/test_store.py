@@ -170,6 +170,7 @@ def test_a_store_of_the_first_version_keeps_its_runs_and_gains_nights(tmp_path: 
     with sqlite3.connect(path) as db:
         db.execute("DROP TABLE nights")
         db.execute("DROP TABLE baselines")
+        db.execute("ALTER TABLE runs DROP COLUMN skipped")
         db.execute("PRAGMA user_version = 1")
     with Store(path) as store:
         assert [row["id"] for row in store.runs()] == [run] and store.nights() == []
