@@ -101,6 +101,7 @@ def metric_probe(name: str, folder: Path | None) -> Callable[[], str]:
 
 def _instead(name: str) -> dict[str, Any]:
     """What stands for the bundle in probes of metrics that measure one: this process, and noise itself."""
+    from distill.motion import MOVEMENTS
     from eval.footprint import peak_mib
 
     class Noise:
@@ -108,6 +109,7 @@ def _instead(name: str) -> dict[str, Any]:
             return noise(len(prompts))
 
     stands: dict[str, dict[str, Any]] = {
+        "jerk": {"reference": dict.fromkeys(MOVEMENTS, 0.0)},
         "memory": {"measure": lambda prompt: peak_mib()},
         "parity": {"reference": Noise()},
     }

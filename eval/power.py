@@ -37,7 +37,10 @@ _KINDS: dict[str, Kind] = {
     "composition": "binary",
     "digit-accuracy": "binary",
     "fid": "distance",
+    "fvd": "distance",
     "kid": "distance",
+    "kvd": "distance",
+    "motion-accuracy": "binary",
 }
 
 

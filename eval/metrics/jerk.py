@@ -65,6 +65,9 @@ class Jerk(PerSampleMetric):
             if prompt.caption is None or not prompt.moving:
                 raise EvalError(f"prompt {prompt.id!r} says nothing of motion; use a suite of world moving-scenes")
             motions.append(stated(prompt.caption)[0])
+        unseen = sorted(set(motions) - self._levels.keys())
+        if unseen:
+            raise EvalError(f"no true clip shows {unseen[0]!r} to compare with; raise reference_count")
         expected = np.array([self._levels[motion] for motion in motions])
         signed = np.log2(energy(samples.images) + ROUNDING) - expected
         self._signed += signed.tolist()

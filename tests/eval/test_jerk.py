@@ -98,6 +98,8 @@ def test_the_reference_is_held_out_clips_by_their_motion(tmp_path: Path, monkeyp
 
 
 def test_what_cannot_be_compared_is_refused(truth: Samples, typical: dict[str, float]) -> None:
+    with pytest.raises(EvalError, match="no true clip shows"):
+        score(truth, {"still": 1.0})
     with pytest.raises(EvalError, match="says nothing of motion"):
         score(Samples(truth.images[:1], (Prompt("p", "a cat", 0),)), typical)
     with pytest.raises(EvalError, match="compares 17 frames and got 9"):

@@ -229,11 +229,13 @@ def test_the_shipped_configuration_loads_and_names_what_exists() -> None:
     from eval.gates import load_gates
 
     config = nightly.load_config(nightly.DEFAULT_CONFIG)
-    assert {watch.bundle.name for watch in config.bundles} == {"scenes-sdxl", "digits-sit"}
+    assert {watch.bundle.name for watch in config.bundles} == {"scenes-sdxl", "scenes-wan", "digits-sit"}
     assert all(load_gates(watch.gates).scores for watch in config.bundles)
 
 
-@pytest.mark.parametrize("name", ["scenes-trained", "scenes-fid", "scenes-diversity", "digits", "scenes-latency"])
+@pytest.mark.parametrize(
+    "name", ["scenes-trained", "scenes-fid", "scenes-diversity", "digits", "scenes-latency", "scenes-wan-trained"]
+)
 def test_fresh_panels_share_no_prompt_and_no_seed_with_the_suite_or_its_neighbours(name: str) -> None:
     suite = load_suite(name)
     total = suite.prompts.count * suite.seeds_per_prompt
