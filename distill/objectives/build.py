@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ from distill.objectives.senseflow import ImplicitAlignment, IntraSegmentGuidance
 from distill.objectives.step_aware import StepAwareFake
 from distill.objectives.tdm import SubIntervalMatching
 from distill.objectives.weak_to_strong import SharedTeacher
+
+log = logging.getLogger(__name__)
 
 
 def hooks_of(recipe: DistillRecipe, roles: Roles, reward: Any = None, heldout: tuple[str, ...] = ()) -> list[Hook]:
@@ -105,6 +108,11 @@ def _amd(recipe: DistillRecipe) -> list[Hook]:
             )
         )
     squashed = partial(squash, kind=advantage.squash, bound=advantage.bound)
+    if recipe.adaptation and not recipe.sharpening and recipe.safeguards.coherence is None:
+        log.warning(
+            "adaptation alone enlarges the steps of poor samples, also where the teacher knows nothing; "
+            "add sharpening, which gives them a direction, or safeguards.coherence, which spares those without one"
+        )
     if recipe.adaptation:
         hooks.append(DynamicScoreAdaptation(recipe.adaptation.strength, squash=squashed))
     if recipe.sharpening:

@@ -79,6 +79,15 @@ def test_each_section_is_its_hook(roles: Roles, sections: dict[str, Any], classe
     assert [type(hook) for hook in hooks(roles, **sections)] == classes
 
 
+def test_adaptation_alone_is_told_of_what_it_amplifies(roles: Roles, caplog: pytest.LogCaptureFixture) -> None:
+    for beside in ({"sharpening": {}}, {"safeguards": {"coherence": 0.0}}):
+        hooks(roles, **REWARD, adaptation={}, **beside)
+        assert not caplog.messages
+    hooks(roles, **REWARD, adaptation={})
+    (told,) = caplog.messages
+    assert told.startswith("adaptation alone enlarges the steps of poor samples")
+
+
 def test_what_a_section_says_reaches_its_hook(roles: Roles) -> None:
     reward = {"advantage": {"reward": "r", "squash": "tanh", "bound": 2.0, "group": 2}}
     adaptation, sharpening, ramp = hooks(
