@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SPEC := pyproject.toml constraints.txt
 MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher scenes-dmd2 scenes-amd \
 	digits-reward digits-teacher digits-dmd2 digits-amd \
-	scenes-video-vae scenes-umt5 scenes-motion scenes-video-reward scenes-wan-teacher scenes-wan-dmd2 scenes-wan-amd
+	scenes-video-vae scenes-video-decoder scenes-umt5 scenes-motion scenes-video-reward scenes-wan-teacher scenes-wan-dmd2 scenes-wan-amd
 
 .DELETE_ON_ERROR:
 .PHONY: serve setup-serve setup test lint format models $(MODELS) scores clean help

@@ -145,6 +145,9 @@ class VideoVaeModel(Strict):
 class VideoVaeRecipe(Reconstruction):
     task: Literal["video-vae"]
     data: SceneData = SceneData(count=4_000, frames=17)
+    decoder_of: str | None = Field(
+        None, description="folder of an autoencoder whose decoder alone is trained on; its latents stay as they are"
+    )
     window: int = Field(9, ge=5, description="frames of a clip that one sample sees, 4·n + 1")
     single_frames: int = Field(0, ge=0, description="first iterations, which see single frames of as many more clips")
     crop: int | None = Field(None, ge=16, description="side of the part of the frames that a sample sees; None: all")

@@ -1,6 +1,7 @@
 """The autoencoder of the embedded video model: diffusers' AutoencoderKLWan on rendered clips.
 
 python -m distill.run recipes/scenes-video-vae.yaml
+python -m distill.run recipes/scenes-video-decoder.yaml      # then its decoder alone, while others use the latents
 """
 
 from __future__ import annotations
@@ -82,8 +83,12 @@ class VideoVaeTask:
     def __init__(self, recipe: VideoVaeRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.vae = with_fused_norms(new_video_vae(recipe))
+        start: Any = AutoencoderKLWan.from_pretrained(recipe.decoder_of) if recipe.decoder_of else new_video_vae(recipe)
+        self.vae = with_fused_norms(start)
         self.vae.train().to(device())
+        if recipe.decoder_of:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.roles: dict[str, nn.Module] = {"vae": self.vae}
         self.optimizers = {"vae": recipe.optimizer}
         data = recipe.data
@@ -117,10 +122,13 @@ class VideoVaeTask:
         r = self.recipe
         x = self._draw(iteration, micro)
         with autocast(r.precision):
-            posterior = self.vae.encode(x).latent_dist
+            with torch.set_grad_enabled(r.decoder_of is None):
+                posterior = self.vae.encode(x).latent_dist
             std = torch.exp(0.5 * posterior.logvar.float())
-            noise = normal(std.shape, generator(r.seed, iteration, micro, "noise"), std.device)
-            y = self.vae.decode(posterior.mean.float() + std * noise).sample
+            z = posterior.mean.float()
+            if not r.decoder_of:  # what a decoder will be given later has no such noise
+                z = z + std * normal(std.shape, generator(r.seed, iteration, micro, "noise"), std.device)
+            y = self.vae.decode(z).sample
         error = x - y.float()
         weight = detail_weight(frames_of(x), r.detail_weight)
         pixels = (weight * frames_of(error).abs()).mean()
@@ -144,12 +152,16 @@ class VideoVaeTask:
         return stills(to_uint8(torch.cat((x, y))))
 
     def finish(self, output: Path) -> None:
-        """Save the VAE with the mean and deviation of its latents per channel, and print its held-out PSNR."""
+        """Save the VAE with the mean and deviation of its latents per channel, and print its held-out PSNR.
+
+        Where the decoder alone was trained they stay what they were: networks have been trained on them.
+        """
         x, latents, y = self._held_out(HELD_OUT)
         error = (x - y.clamp(-1, 1)).pow(2).flatten(1).mean(1)
         print(f"held-out PSNR {float((10 * torch.log10(4 / error)).mean()):.2f} dB over {len(x)} clips")
-        rows = latents.transpose(0, 1).flatten(1)
-        statistics = {"latents_mean": rows.mean(1), "latents_std": rows.std(1)}
-        rounded = {name: [round(float(v), 5) for v in values] for name, values in statistics.items()}
-        self.vae.register_to_config(**rounded)
+        if not self.recipe.decoder_of:
+            rows = latents.transpose(0, 1).flatten(1)
+            statistics = {"latents_mean": rows.mean(1), "latents_std": rows.std(1)}
+            rounded = {name: [round(float(v), 5) for v in values] for name, values in statistics.items()}
+            self.vae.register_to_config(**rounded)
         save_half(self.vae, output)

@@ -49,6 +49,7 @@ CUTS: dict[str, list[str]] = {
         "model.unet={block_out_channels: [16, 32], head_dim: 8, norm_num_groups: 8}", *SCENES,
     ],
     "scenes-video-vae": ["model={base_dim: 8, latent_channels: 4}", "window=5", *CLIPS],
+    "scenes-video-decoder": ["decoder_of=MODELS/scenes-video-vae", "window=5", *CLIPS],
     "scenes-motion": ["width=8", *CLIPS],
     "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
     "scenes-video-reward": ["text_encoder=MODELS/scenes-umt5", "width=8", "layers=1", "projection=8", *CLIPS],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from distill.config import VideoVaeRecipe, parse_recipe
 from distill.data import cache
@@ -69,6 +70,24 @@ def test_samples_are_single_frames_first_and_then_parts_or_whole_frames_of_windo
 def test_a_single_frame_has_no_changes_to_get_right() -> None:
     loss, values = VideoVaeTask(recipe())._loss(0, 0)
     assert torch.isfinite(loss) and torch.isfinite(torch.as_tensor(values["l1"]))
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_decoder_is_trained_alone_and_latents_stay(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    VideoVaeTask(recipe()).finish(source)
+    task = VideoVaeTask(recipe(decoder_of=str(source), optimizer={"learning_rate": 0.1}))
+    moving = [p for p in task.vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(moving, 0.1)
+    task._loss(2, 0)[0].backward()
+    optimizer.step()
+    task.finish(output)
+    before, after = (AutoencoderKLWan.from_pretrained(path) for path in (source, output))
+    assert before.config.latents_mean == after.config.latents_mean
+    x = torch.randn(1, 3, 5, 32, 32)
+    assert torch.equal(before.encode(x).latent_dist.mode(), after.encode(x).latent_dist.mode())
+    z = torch.randn(1, 4, 2, 8, 8)
+    assert not torch.equal(before.decode(z).sample, after.decode(z).sample)
 
 
 def test_a_part_is_no_larger_than_the_frames() -> None:
