@@ -64,6 +64,8 @@ class RequestState:
         self.owner = ""
         """Of whose pictures this is about: a name of the API key that does not tell it, or nobody's."""
         self.error: ApiError | None = None
+        self.receive: Receive | None = None
+        """The body and then whether the client has left, past every layer between the edge and the routes."""
 
 
 class Edge:
@@ -89,7 +91,8 @@ class Edge:
             state.owner = self._authenticate(scope["path"], headers)
             body = await self._body(headers, receive)
             inner = {**scope, "path": metric_path(scope["path"]), STATE: state}
-            await self.app(inner, replay(body, receive), reply)
+            state.receive = replay(body, receive)
+            await self.app(inner, state.receive, reply)
         except ApiError as error:
             await reply.error(error)
         except Exception:
@@ -197,14 +200,19 @@ class Reply:
 
 
 class RestorePath:
-    """Innermost middleware: routing sees the real path again, which metrics saw as a template."""
+    """Innermost middleware: routing sees the real path again, which metrics saw as a template.
+
+    It also receives straight from the edge: whoever waits for a picture looks every 50 ms whether his client is still
+    there, and BentoML's layers would open a span of OpenTelemetry for each look, 0.3 ms of the processor.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if STATE in scope:
-            scope = {**scope, "path": scope[STATE].path}
+            state: RequestState = scope[STATE]
+            scope, receive = {**scope, "path": state.path}, state.receive or receive
         await self.app(scope, receive, send)
 
 

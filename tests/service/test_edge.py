@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from service.edge import STATE, Edge, is_loopback, metric_path
+from service.edge import STATE, Edge, RestorePath, is_loopback, metric_path
 from service.settings import Settings
 
 
@@ -90,3 +91,38 @@ def test_labels_of_metrics_are_templates() -> None:
     assert metric_path("/v1/queue") == "/v1/queue"
     assert metric_path("/v1/requests/abc/cancel") == "/v1/requests/{id}/cancel"
     assert metric_path("/v1/requests/abc") == "/{unknown}"
+
+
+def test_routes_hear_from_their_client_past_all_layers_between() -> None:
+    """They ask often whether he is still there; whatever a layer does when it is asked would be done each time."""
+    heard, asked = list[bytes | bool](), 0
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        heard.extend([await request.body(), await request.is_disconnected(), await request.is_disconnected()])
+        await PlainTextResponse("through")(scope, receive, send)
+
+    async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched() -> Message:
+            nonlocal asked
+            asked += 1
+            return await receive()
+
+        await RestorePath(route)(scope, watched, send)
+
+    messages: list[Message] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"b", "more_body": False},
+        {"type": "http.request", "body": b"a", "more_body": True},
+    ]
+
+    async def receive() -> Message:
+        return messages.pop()
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope: Scope = {"type": "http", "method": "POST", "path": "/v1/models", "server": LOCAL[0], "headers": []}
+    asyncio.run(Edge(layer, Settings())(scope, receive, send))
+    assert heard == [b"ab", True, True]
+    assert asked == 0
