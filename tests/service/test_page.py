@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.conftest import Server
+from tests.service.conftest import Server, serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -40,13 +40,16 @@ def page(browser: playwright.Browser, server: Server, request: pytest.FixtureReq
     yield from open_page(browser, server, request.param)
 
 
-def open_page(browser: playwright.Browser, server: Server, device: str) -> Iterator[playwright.Page]:
+def open_page(browser: playwright.Browser, server: Server, device: str, before: str = "") -> Iterator[playwright.Page]:
+    """before: a script that runs before the page's own."""
     width, height = WIDTHS[device]
     context = browser.new_context(viewport={"width": width, "height": height})
     context.set_default_timeout(30_000)
     opened = context.new_page()
+    opened.add_init_script(before)
     troubles: list[str] = []
     opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.on("console", lambda said: "Content Security" in said.text and troubles.append(said.text))
     ours = (server.url, "data:", "blob:")
     opened.on("request", lambda sent: sent.url.startswith(ours) or troubles.append(sent.url))
     opened.goto(server.url)
@@ -63,7 +66,9 @@ def seeds_shown(page: playwright.Page) -> list[str]:
 def test_page_is_one_file_without_foreign_hosts(server: Server) -> None:
     answer = server.get("/")
     assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert not re.findall(r"<[^>]+\s(?:style|on\w+)=", answer.text), "the policy would not let them through"
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", answer.text)
 
 
@@ -144,6 +149,11 @@ def test_errors_are_shown(page: playwright.Page) -> None:
     page.click("#go")
     assert "Describe a picture first" in page.inner_text("#error")
     page.fill("#prompt", "a red cube")
+    page.fill("#seed", "seven")
+    page.click("#go")
+    assert page.inner_text("#error") == "The seed is seven; give a whole number up to 9007199254740991."
+    assert page.evaluate("document.activeElement.id") == "seed"
+    page.fill("#seed", "7")
     page.route("**/v1/images/generations", lambda route: route.abort())
     page.click("#go")
     page.wait_for_selector("#error:has-text('does not answer')")
@@ -205,13 +215,154 @@ def test_the_place_in_the_queue_is_shown_and_stop_gives_up(page: playwright.Page
     page.route("**/v1/images/generations", lambda route: None)
     page.click("#go")
     page.wait_for_selector("#stop")
+    assert page.get_attribute("#frame", "aria-busy") == "true"
     page.keyboard.press("Escape")
     page.wait_for_selector("#note:has-text('Stopped')")
     assert page.locator("#error").is_hidden()
     assert page.locator("#stop").is_hidden()
+    page.click("#go")
+    page.focus("#stop")
+    page.keyboard.press("Space")
+    page.wait_for_selector("#note:has-text('Stopped')")
+    assert page.evaluate("document.activeElement.id") == "go", "the keyboard does not lose its place with the button"
     page.unroute("**/v1/images/generations")
     page.click("#go")
     page.wait_for_selector("figure img")
+
+
+def test_how_long_several_pictures_take_is_told_beforehand(page: playwright.Page) -> None:
+    page.route("**/v1/images/generations", lambda route: None)
+    page.click("label:has(input[name=count][value='4'])")
+    page.click("#go")
+    page.wait_for_selector("#going:has-text('4 pictures, ')")
+    assert page.inner_text("#going").endswith(" to go")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#note:has-text('Stopped')")
+
+
+def test_compared_pictures_stay_in_sight_while_the_next_one_is_made(page: playwright.Page) -> None:
+    page.evaluate(
+        "() => { const shown = watch; window.told = []; window.watch = (event, body) => { shown(event, body);"
+        " if (event) told.push([document.getElementById('going').textContent,"
+        " [...document.querySelectorAll('figure img')].filter(i => i.offsetWidth).length]) } }"
+    )
+    page.click("#compare")
+    page.wait_for_selector("figure:nth-child(4) img")
+    page.wait_for_selector("#stop", state="hidden")
+    captions = page.locator("figcaption").all_text_contents()
+    assert [caption.partition(" · ")[0] for caption in captions] == ["1 step", "2 steps", "4 steps", "8 steps"]
+    last = [shown for text, shown in page.evaluate("told") if text.startswith("4 of 4 · Step")]
+    assert last and set(last) == {3}
+
+
+def test_earlier_pictures_stay_in_the_browser_until_they_are_deleted(page: playwright.Page) -> None:
+    for prompt in ("a red cube", "a green sphere"):
+        page.fill("#prompt", prompt)
+        page.focus("#prompt")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"figure img[alt^='{prompt}']")
+    source = page.get_attribute("figure img", "src")
+    page.reload()
+    playwright.expect(page.locator("#past li")).to_have_count(2)
+    assert page.inner_text("#kept") == "kept in this browser"
+    page.locator("#past li button").first.press("Enter")
+    assert page.get_attribute("figure img", "src") == source and page.input_value("#prompt") == "a green sphere"
+    page.keyboard.press("Delete")
+    playwright.expect(page.locator("#past li")).to_have_count(1)
+    page.reload()
+    playwright.expect(page.locator("#past img")).to_have_attribute("alt", re.compile("^a red cube, seed"))
+    page.click("#clear")
+    page.reload()
+    page.wait_for_selector(".examples button")
+    playwright.expect(page.locator("#past li")).to_have_count(0)
+    assert page.locator("#history").is_hidden()
+
+
+def test_the_history_is_bounded_in_number_and_length(page: playwright.Page) -> None:
+    """The newest picture stays whatever its length; of the others as many as fit."""
+    result = "{body: {prompt: 'x', seed: 1, steps: 1}, pictures: [{source: 'data:,' + 'x'.repeat(LENGTH), seed: 1}]}"
+    many = page.evaluate(
+        "() => { for (let i = 0; i < 40; i++) remember(" + result.replace("LENGTH", "9") + "); return past.length }"
+    )
+    assert many == page.evaluate("KEPT")
+    page.evaluate("remember(" + result.replace("LENGTH", "KEPT_CHARS") + ")")
+    assert page.evaluate("past.length") == 1
+    page.reload()
+    playwright.expect(page.locator("#past li")).to_have_count(1)
+
+
+def test_a_browser_that_keeps_nothing_says_so(browser: playwright.Browser, server: Server) -> None:
+    for opened in open_page(browser, server, "desktop", "indexedDB.open = () => { throw Error('private') }"):
+        opened.click("#go")
+        opened.wait_for_selector("figure img")
+        playwright.expect(opened.locator("#past li")).to_have_count(1)
+        assert opened.inner_text("#kept") == "until this page is closed"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(browser: playwright.Browser, server: Server, scheme: str) -> None:
+    """WCAG 2's contrast of at least 4.5 for every text that is shown."""
+    for opened in open_page(browser, server, "desktop"):
+        opened.emulate_media(color_scheme=scheme)
+        opened.click("#go")
+        opened.wait_for_selector("figure img")
+        opened.wait_for_selector("#stop", state="hidden")
+        opened.evaluate("say('error', 'wrong'); say('note', 'told')")
+        assert opened.evaluate(FAINT) == []
+
+
+def test_everything_that_takes_input_has_a_name(page: playwright.Page) -> None:
+    page.click("#go")
+    page.wait_for_selector("#past li")
+    nameless = page.evaluate(
+        "[...document.querySelectorAll('button, input, select, textarea, progress, pre, img, a')].filter(e =>"
+        " e.offsetParent && !(e.ariaLabel || e.alt || e.labels?.length || e.textContent.trim()"
+        " || e.querySelector('img[alt]')))"
+        ".map(e => e.outerHTML)"
+    )
+    assert nameless == []
+
+
+FAINT = """() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] === 1) return c.slice(0, 3); } return [255, 255, 255]; };
+  return [...document.querySelectorAll('body *')].filter(e => e.offsetParent
+      && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+    .map(e => {
+      const both = [light(rgb(getComputedStyle(e).color).slice(0, 3)), light(ground(e))];
+      const [a, b] = both.sort((x, y) => y - x);
+      return [e.textContent.trim(), (a + .05) / (b + .05)]; })
+    .filter(([, contrast]) => contrast < 4.5);
+}"""
+
+
+def test_models_are_compared_where_there_are_several(
+    browser: playwright.Browser, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Such as a teacher beside its student: here the same weights under another name, which lack one step."""
+    shutil.copytree(tiny_bundle, tmp_path / "bundles" / "tiny-sdxl")
+    shutil.copytree(tiny_bundle, tmp_path / "bundles" / "tiny-teacher")
+    manifest = tmp_path / "bundles" / "tiny-teacher" / "bundle.json"
+    told = json.loads(manifest.read_text()) | {"name": "tiny-teacher"}
+    told["samplers"].pop("1")
+    manifest.write_text(json.dumps(told))
+    with serve(tmp_path / "bundles", tmp_path / "home") as running:
+        for opened in open_page(browser, running, "phone"):
+            opened.click("label:has(input[name=steps][value='1'])")
+            opened.click("#rival")
+            opened.wait_for_selector("figure:nth-child(2) img")
+            captions = opened.locator("figcaption").all_text_contents()
+            assert captions[0].startswith("tiny-sdxl · 1 step · ")
+            assert captions[1].startswith(f"tiny-teacher · {told['default_steps']} steps · ")
+            seeds = [re.findall(r"seed (\d+)", alt)[0] for alt in opened.eval_on_selector_all("figure img", ALTS)]
+            assert seeds[0] == seeds[1]
+            assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+ALTS = "images => images.map(image => image.alt)"
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------
@@ -299,3 +450,15 @@ def test_pictures_are_drawn_beside_videos(video_page: playwright.Page) -> None:
     assert video_page.locator("#videos").is_hidden() and video_page.locator("#framesbox").is_hidden()
     video_page.click("#go")
     video_page.wait_for_selector("figure img")
+
+
+def test_videos_are_compared_side_by_side(video_page: playwright.Page) -> None:
+    video_page.click("#compare")
+    count = video_page.evaluate("stepsCompared().length")
+    video_page.wait_for_selector(f"figure:nth-child({count}) video")
+    video_page.wait_for_selector("#stop", state="hidden")
+    captions = video_page.locator("figcaption").all_text_contents()
+    assert len(captions) == count >= 2
+    assert len({re.findall(r"seed (\d+)", caption)[0] for caption in captions}) == 1
+    assert len({re.findall(r"(\d+) step", caption)[0] for caption in captions}) == count
+    assert video_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
