@@ -5,7 +5,7 @@ every file. Opening a bundle verifies it:
 
     bundle = Bundle.open("bundles/scenes-sdxl")
     bundle.manifest.samplers[4].timesteps      # (999.0, 749.0, 499.0, 249.0)
-    bundle.file("onnx/step.onnx")              # a verified path
+    bundle.file("step.onnx")                   # a verified path
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def find_bundles(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
-    found = sorted({path.parent for name in (MANIFEST, "model_index.json", "onnx") for path in root.glob(f"*/{name}")})
+    found = sorted({path.parent for name in (MANIFEST, "model_index.json", "*.onnx") for path in root.glob(f"*/{name}")})
     if not found:
         raise BundleError(f"{root} has no bundle; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
     return found

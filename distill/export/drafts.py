@@ -10,8 +10,8 @@ from pathlib import Path
 
 from distill.bundle import Bundle, Manifest, write_manifest
 
-FOLDER = "drafts.tmp"
-"""Of drafts, in the bundle: on its file system, and under their final names, by which graphs find their weights."""
+SUFFIX = ".draft.tmp"
+"""Of drafts, which lie where they will be: from there graphs find their weights. Manifests list nothing in .tmp."""
 MARGIN = 1.1
 """Of the room that is asked for: file systems need some for themselves."""
 
@@ -24,18 +24,19 @@ class Drafts:
     """Where the files of a bundle are written until all of them are right."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._folder = root, root / FOLDER
+        self._root = root
+        self._finals: dict[Path, Path] = {}
 
     def path(self, final: Path) -> Path:
         """Where to write what shall be at ``final``; its folder exists."""
-        draft = self._folder / final.relative_to(self._root)
+        draft = final.with_name(final.name + SUFFIX)
         draft.parent.mkdir(parents=True, exist_ok=True)
+        self._finals[draft] = final
         return draft
 
     def commit(self, manifest: Manifest, obsolete: Iterable[Path] = ()) -> Bundle:
         """Put every draft in its place, drop what is obsolete and write the manifest; on any failure undo all of it."""
-        drafts = [path for path in sorted(self._folder.rglob("*")) if path.is_file()]
-        finals = {draft: self._root / draft.relative_to(self._folder) for draft in drafts}
+        finals = self._finals
         gone = {path for path in obsolete if path not in finals.values()}
         kept = {path: path.with_name(path.name + ".old.tmp") for path in (*finals.values(), *gone)}
         placed: list[Path] = []
@@ -44,10 +45,8 @@ class Drafts:
                 if path.is_file():
                     os.replace(path, old)
             for draft, final in finals.items():
-                final.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(draft, final)
                 placed.append(final)
-            shutil.rmtree(self._folder)
             bundle = write_manifest(self._root, manifest)
         except BaseException:
             for final in placed:
@@ -56,23 +55,28 @@ class Drafts:
                 if old.is_file():
                     os.replace(old, path)
             (self._root / "bundle.json.tmp").unlink(missing_ok=True)
-            _remove_empty(self._root, kept)
             raise
         for old in kept.values():
             old.unlink(missing_ok=True)
         _remove_empty(self._root, gone)
         return bundle
 
+    def clear(self) -> None:
+        """Remove drafts, those of an export that was killed too, and the folders that were made for them."""
+        for draft in self._root.rglob(f"*{SUFFIX}*"):
+            draft.unlink()
+        _remove_empty(self._root, self._finals)
+
 
 @contextlib.contextmanager
 def drafts(root: Path) -> Iterator[Drafts]:
     """Drafts for the bundle at ``root``; whatever was not committed is gone afterwards."""
-    folder = root / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    made = Drafts(root)
+    made.clear()
     try:
-        yield Drafts(root)
+        yield made
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        made.clear()
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

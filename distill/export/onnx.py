@@ -1,7 +1,8 @@
 """torch to ONNX: one graph, a free batch, weights stored in half precision, nothing in the file but the graph.
 
 The weights of a bundle lie in float16 on disk and compute in float32. The ONNX file keeps both: an initialiser is
-stored as float16 and cast to float32 where it is read, which loses nothing and which runtimes fold away at load.
+float16 and cast to float32 where it is read, which loses nothing and which runtimes fold away at load. Its bytes are
+those of the bundle's safetensors files, see distill.export.weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from distill.export.graphs import GraphSpec
+from distill.export.weights import Place, Weights, digest_of, sign
 
 OPSET = 22
 """One GroupNormalization node instead of eight, and none of opset 23's Attention, which TensorRT refuses to build in
@@ -45,21 +47,24 @@ class ExportError(Exception):
     """A graph that cannot be compiled or that does not reproduce torch; nothing was written."""
 
 
-def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET) -> None:
-    """Write the graph to ``path``, through a temporary file beside it; weights beyond 2 GB to ``path``.data.
+def compile_graph(spec: GraphSpec, path: Path, opset: int = OPSET, weights: Weights | None = None) -> None:
+    """Write the graph to ``path``, through a temporary file beside it.
 
-    Raises ExportError when the exporter fails, fixes the batch or a weight is not exact in float16.
+    weights: files below the folder of ``path``, in which initialisers are left that lie there; the others are in the
+    graph. None: all are in the graph, or beyond 2 GB in ``path``.data. Raises ExportError when the exporter fails,
+    fixes the batch, or a weight is not exact in float16.
     """
     parameters = {name for name, _ in spec.module.named_parameters()}
     program = trace(spec, opset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    outside = weight_bytes(spec) > MAX_FILE_BYTES
-    halves = store_outside(program.model, path.with_name(path.name + ".data"), parameters) if outside else []
+    large = weights is None and weight_bytes(spec) > MAX_FILE_BYTES
+    outside = store_outside(program.model, path, parameters, weights, large)
     model = program.model_proto
     clean(model)
     name_dims(model, spec)
     store_half(model, parameters)
-    cast_halves(model, halves)
+    cast_halves(model, outside, {name for name, place in outside.items() if place.transposed})
+    sign(model, outside.values())
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(temporary), full_check=True)  # by its path, by which it finds weights outside
@@ -209,44 +214,55 @@ def exact_half(name: str, full: NDArray[np.float32], parameters: Collection[str]
     return None
 
 
-def cast_halves(model: onnx.ModelProto, names: Collection[str]) -> None:
-    """Rename float16 initialisers to name.float16 and cast them to float32 under their names."""
+def cast_halves(model: onnx.ModelProto, names: Collection[str], transposed: Collection[str] = ()) -> None:
+    """Rename float16 initialisers to name.float16 and cast them to float32 under their names, ``transposed`` turned."""
     chosen, casts = set(names), []
     for tensor in model.graph.initializer:
         if tensor.name in chosen:
             name, tensor.name = tensor.name, f"{tensor.name}.float16"
-            to = onnx.TensorProto.FLOAT
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], name=f"{name}.float32", to=to))
+            full, to = f"{name}.T" if name in transposed else name, onnx.TensorProto.FLOAT
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [full], name=f"{full}.float32", to=to))
+            if full != name:
+                turn = onnx.helper.make_node("Transpose", [full], [name], name=f"{name}.turned", perm=[1, 0])
+                casts.append(turn)
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
 
 
-def store_outside(model: ir.Model, file: Path, parameters: Collection[str]) -> list[str]:
-    """Write large initialisers to ``file`` as float16, one at a time, and leave references; returns their names.
+def store_outside(
+    model: ir.Model, path: Path, parameters: Collection[str], weights: Weights | None, large: bool
+) -> dict[str, Place]:
+    """Leave large initialisers in other files as float16 and refer to them; returns where by name.
 
+    Those of ``weights`` stay where they are; ``large``: the others are written to ``path``.data, one at a time.
     The exporter's own tensors are views of torch's parameters, so that no second copy of the weights is ever held.
     """
-    stored = []
+    file, stored = path.with_name(path.name + ".data"), {}
     with file.open("wb") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or tensor.dtype != ir.DataType.FLOAT:
                 continue
             half = exact_half(name, tensor.numpy(), parameters)
-            if half is None:
+            place = None if half is None or weights is None else weights.find(half)
+            if half is not None and place is None and large:
+                data.write(bytes(-data.tell() % ALIGNMENT))
+                place = Place(file.name, data.tell(), half.nbytes, digest_of(half))
+                data.write(half.tobytes())
+            if place is None:
                 continue
-            data.write(bytes(-data.tell() % ALIGNMENT))
-            offset = data.tell()
-            data.write(half.tobytes())
+            sides = tensor.shape.numpy()
             value.const_value = ir.ExternalTensor(
-                file.name,
-                offset,
-                half.nbytes,
+                place.file,
+                place.offset,
+                place.length,
                 ir.DataType.FLOAT16,
-                shape=ir.Shape(tensor.shape.numpy()),
+                shape=ir.Shape(sides[::-1] if place.transposed else sides),
                 name=name,
-                base_dir=file.parent,
+                base_dir=path.parent,
             )
-            stored.append(name)
+            stored[name] = place
+    if not file.stat().st_size:
+        file.unlink()
     return stored

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.bundle import MANIFEST, Bundle, BundleError, Manifest
+from distill.bundle import Bundle, BundleError, Manifest
 from distill.config import RecipeError
 from distill.export.card import card, read_cost
 from distill.export.lora import Factors, Fidelity, comfyui_state, diffusers_state, extract, merge
@@ -38,7 +38,6 @@ _TAKE_SIGMAS = ("sd3", "flux")
 """Families whose pipelines pass the noise levels of a call on to their scheduler."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
-_OURS = (MANIFEST, "onnx")
 Say = Callable[[str], None]
 
 
@@ -90,8 +89,9 @@ def publish(
 
 def write_diffusers(bundle: Bundle, folder: Path) -> dict[str, Any]:
     """The bundle's diffusers folder without our engines, with a scheduler that takes the student's steps."""
+    engines = {f"{engine.file}{end}" for engine in bundle.manifest.engines for end in ("", ".data")}
     for name in bundle.manifest.files:
-        if name.split("/")[0] not in _OURS:
+        if name not in engines:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
     scheduler, calls = scheduler_for(bundle.manifest, _scheduler_config(bundle))

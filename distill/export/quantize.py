@@ -115,7 +115,13 @@ def with_float_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         if tensor.name in names:
             full = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(full, names[tensor.name]))
-    nodes = [node for node in made.graph.node if node.output[0] not in weights]
+    nodes = []
+    for node in made.graph.node:
+        if node.op_type == "Transpose" and node.input[0] in weights:  # the quantiser takes initialisers for weights
+            tensor = next(tensor for tensor in made.graph.initializer if tensor.name == node.input[0])
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).T.copy(), node.output[0]))
+        elif node.output[0] not in weights:
+            nodes.append(node)
     del made.graph.node[:]
     made.graph.node.extend(nodes)
     known = {value.name for value in (*made.graph.input, *made.graph.output)}

@@ -28,6 +28,7 @@ from distill.export.graphs import GraphSpec, load_graphs
 from distill.export.onnx import MAX_FILE_BYTES, ExportError, weight_bytes
 from distill.export.precision import Group, Reduced, choose_kept, lower, rounded
 from distill.export.quantize import calibration, quantize
+from distill.export.weights import Weights, share
 
 Smaller = Literal["float16", "bfloat16", "int8"]
 GRAPHS = {"float16": ("step", "decoder"), "bfloat16": ("step", "decoder"), "int8": ("step",)}
@@ -50,8 +51,9 @@ def export_reduced(path: str | os.PathLike[str], precision: Smaller, say: Callab
     files = {name: bundle.file(source.file) for name, source in sources.items()}
     check_room(bundle.path, sum(file.stat().st_size for file in files.values()))
     chosen = [name for name in GRAPHS[precision] if any(True for _ in specs[name].module.parameters())]
-    finals = {name: bundle.path / "onnx" / f"{name}.{precision}.onnx" for name in chosen}
+    finals = {name: bundle.path / f"{name}.{precision}.onnx" for name in chosen}
     graphs: dict[str, parity.Compiled] = {name: parity.OnnxGraph(file) for name, file in files.items()}
+    weights = Weights.of(bundle)
     with drafts(bundle.path) as made:
         engines: list[Engine] = []
         notes: dict[str, dict[str, float]] = {}
@@ -64,6 +66,7 @@ def export_reduced(path: str | os.PathLike[str], precision: Smaller, say: Callab
             else:
                 kept, notes[name] = choose_kept(functools.partial(_measure, specs[name], model, precision))
                 written = lower(model, precision, kept)
+            share(written, weights)
             draft.write_bytes(written.SerializeToString(deterministic=True))
             graphs[name] = parity.OnnxGraph(draft) if precision == "int8" else _emulated(model, precision, kept)
             if precision == "float16":

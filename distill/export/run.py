@@ -15,6 +15,7 @@ from distill.export.drafts import check_room, drafts
 from distill.export.graphs import GraphSpec, load_graphs
 from distill.export.layers import first_difference
 from distill.export.onnx import OPSET, ExportError, compile_graph, weight_bytes
+from distill.export.weights import Weights
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
 
@@ -28,13 +29,14 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
     bundle = Bundle.open(path)
     specs = load_graphs(bundle.path, bundle.manifest)
     check_room(bundle.path, sum(weight_bytes(spec) for spec in specs.values()))
-    finals = {name: bundle.path / "onnx" / f"{name}.onnx" for name in specs}
+    weights = Weights.of(bundle)
+    finals = {name: bundle.path / f"{name}.onnx" for name in specs}
     with drafts(bundle.path) as made:
         compiled: dict[str, parity.OnnxGraph] = {}
         measured, latency = {}, {}
         for index, (name, spec) in enumerate(specs.items(), start=1):
             started, draft = time.perf_counter(), made.path(finals[name])
-            compile_graph(spec, draft, opset)
+            compile_graph(spec, draft, opset, weights)
             compiled[name] = parity.OnnxGraph(draft)
             measured[name] = verify(spec, compiled[name], draft, opset)
             latency[name] = parity.time_graph(spec, compiled[name])
@@ -47,12 +49,15 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
             say(f"pictures in {steps} steps: at most {row['levels']:.0f} of 255 levels, {row['changed']:.2%} of values")
         del compiled
         manifest = _manifest(bundle.manifest, specs, measured, latency, images, opset)
-        stale = outdated(manifest, {f"onnx/{name}.onnx": sha256(made.path(final)) for name, final in finals.items()})
+        stale = outdated(manifest, {final.name: sha256(made.path(final)) for final in finals.values()})
         if stale:
             say(f"{len(stale)} engines of other precisions and runtimes were of older graphs and are gone")
         fresh = tuple(engine for engine in manifest.engines if engine not in stale)
+        left = {engine.file for engine in fresh} - {final.name for final in finals.values()}
+        gone = {engine.file for engine in bundle.manifest.engines} - left
         return made.commit(
-            manifest.model_copy(update={"engines": fresh}), obsolete=[bundle.path / engine.file for engine in stale]
+            manifest.model_copy(update={"engines": fresh}),
+            obsolete=[bundle.path / f"{name}{end}" for name in sorted(gone) for end in ("", ".data")],
         )
 
 
@@ -83,7 +88,7 @@ def _manifest(
     engines = tuple(
         Engine(
             graph=spec.name,
-            file=f"onnx/{name}.onnx",
+            file=f"{name}.onnx",
             opset=opset,
             inputs={name: spec.dims[name] for name in spec.inputs},
             outputs={name: spec.dims[name] for name in spec.outputs},

@@ -50,7 +50,9 @@ def core() -> ov.Core:
     Where there is AMX, each Core's CPU plugin gives the thread that loads it a signal stack, and unmaps that when the
     Core dies: in another thread, or before a later Core that would restore it. The next signal then kills the process.
     """
-    return ov.Core()
+    made = ov.Core()
+    made.set_property({"ENABLE_MMAP": False})  # a mapped file of weights that changes later changes what is served
+    return made
 
 
 def has_bfloat16() -> bool:

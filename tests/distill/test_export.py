@@ -33,6 +33,7 @@ from distill.export.graphs import (
 from distill.export.onnx import ExportError, compile_graph
 from distill.export.parity import OnnxGraph
 from distill.export.run import export_onnx
+from distill.export.weights import Weights
 from distill.sampling import Flow, student_table
 
 GRAPHS = ("text_encoder", "step", "decoder")
@@ -40,7 +41,7 @@ GRAPHS = ("text_encoder", "step", "decoder")
 
 @pytest.fixture(scope="module")
 def compiled(tiny_bundle: Path) -> dict[str, OnnxGraph]:
-    return {name: OnnxGraph(tiny_bundle / "onnx" / f"{name}.onnx") for name in GRAPHS}
+    return {name: OnnxGraph(tiny_bundle / f"{name}.onnx") for name in GRAPHS}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,10 @@ def test_manifest_vouches_for_engines_and_their_parity(tiny_bundle: Path) -> Non
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_file_holds_the_graph_and_nothing_about_its_making(tiny_bundle: Path, name: str) -> None:
-    path = tiny_bundle / "onnx" / f"{name}.onnx"
+    path = tiny_bundle / f"{name}.onnx"
     model = onnx.load(path)
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
-    assert not model.metadata_props and not model.graph.value_info
+    assert [entry.key for entry in model.metadata_props] == ["leapfrog.weights"] and not model.graph.value_info
     for trace in (b".py", b"site-packages", str(Path.cwd()).encode(), str(tiny_bundle).encode()):
         assert trace not in path.read_bytes()
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
@@ -99,7 +100,7 @@ def test_file_holds_the_graph_and_nothing_about_its_making(tiny_bundle: Path, na
 def test_weights_are_stored_in_half_precision_without_loss(
     tiny_bundle: Path, specs: dict[str, GraphSpec], name: str
 ) -> None:
-    model = onnx.load(tiny_bundle / "onnx" / f"{name}.onnx")
+    model = onnx.load(tiny_bundle / f"{name}.onnx")
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     halves = {key.removesuffix(".float16"): value for key, value in stored.items() if value.dtype == np.float16}
     assert halves
@@ -111,9 +112,11 @@ def test_weights_are_stored_in_half_precision_without_loss(
 
 
 def test_compiling_twice_gives_the_same_bytes(tiny_bundle: Path, specs: dict[str, GraphSpec], tmp_path: Path) -> None:
-    compile_graph(specs["text_encoder"], tmp_path / "again.onnx")
-    assert sha256(tmp_path / "again.onnx") == sha256(tiny_bundle / "onnx" / "text_encoder.onnx")
-    assert list(tmp_path.iterdir()) == [tmp_path / "again.onnx"]
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, root)
+    compile_graph(specs["text_encoder"], root / "again.onnx", weights=Weights.of(Bundle.open(root)))
+    assert sha256(root / "again.onnx") == sha256(tiny_bundle / "text_encoder.onnx")
+    assert listing(root).keys() - listing(tiny_bundle).keys() == {"again.onnx"}
 
 
 # --- rows of a batch -------------------------------------------------------------------------------------------
@@ -254,7 +257,7 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_guided_class_conditional_student_exports(digits_bundle: Path) -> None:
     bundle = Bundle.open(digits_bundle)
     assert [engine.graph for engine in bundle.manifest.engines] == ["step", "decoder"]
-    step = OnnxGraph(bundle.file("onnx/step.onnx"))
+    step = OnnxGraph(bundle.file("step.onnx"))
     assert step.inputs == ["latents", "timestep", "coefficients", "noise", "labels"]
     transformer = DiTTransformer2DModel.from_pretrained(digits_bundle / "transformer", torch_dtype=torch.float32).eval()
     inputs = load_graphs(digits_bundle, bundle.manifest)["step"].sample(3, torch.Generator().manual_seed(0))
@@ -272,7 +275,7 @@ def test_guided_class_conditional_student_exports(digits_bundle: Path) -> None:
 
 
 def test_pixels_become_grey_pictures(digits_bundle: Path) -> None:
-    decoder = OnnxGraph(digits_bundle / "onnx" / "decoder.onnx")
+    decoder = OnnxGraph(digits_bundle / "decoder.onnx")
     latents = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(5, 1, 1, 1).expand(5, 1, 8, 8)
     image = decoder.run({"latents": latents.contiguous()})["image"]
     assert image.shape == (5, 8, 8, 3) and image.dtype == torch.uint8
@@ -434,7 +437,7 @@ def test_altered_weights_are_refused_before_any_work(tiny_sources: Path, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(BundleError, match=r"diffusion_pytorch_model\.safetensors was altered"):
         export_onnx(root)
-    assert not (root / "onnx").exists()
+    assert not list(root.glob("*.onnx"))
 
 
 def test_unknown_family_and_missing_folder_are_refused(tiny_sources: Path, tmp_path: Path, manifest: Manifest) -> None:
@@ -454,7 +457,7 @@ def test_command_line_exports_and_names_what_it_wrote(
     shutil.copytree(digits_bundle, root)
     assert main([str(root), "--to", "onnx"]) == 0
     printed = capsys.readouterr().out
-    for name in ("onnx/step.onnx", "onnx/decoder.onnx", "bundle.json"):
+    for name in ("step.onnx", "decoder.onnx", "bundle.json"):
         assert f"wrote {root / name}" in printed
     assert "[1/2] step" in printed
     assert Bundle.open(root).digest == Bundle.open(digits_bundle).digest

@@ -23,32 +23,32 @@ def root(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_drafts_take_their_places_and_what_is_obsolete_goes(root: Path) -> None:
-    old, new = root / "onnx" / "step.onnx", root / "engines" / "key" / "step.engine"
+    old, new = root / "step.onnx", root / "engines" / "key" / "step.engine"
     with drafts(root) as made:
         for final in (old, new):
             made.path(final).write_bytes(b"new")
-        bundle = made.commit(Bundle.open(root).manifest, obsolete=[root / "onnx" / "decoder.onnx"])
+        bundle = made.commit(Bundle.open(root).manifest, obsolete=[root / "decoder.onnx"])
     assert old.read_bytes() == new.read_bytes() == b"new"
-    assert bundle.manifest.files.keys() >= {"onnx/step.onnx", "engines/key/step.engine"}
-    assert not (root / "onnx" / "decoder.onnx").exists()
+    assert bundle.manifest.files.keys() >= {"step.onnx", "engines/key/step.engine"}
+    assert not (root / "decoder.onnx").exists()
     assert not list(root.rglob("*.tmp"))
     Bundle.open(root)
 
 
 def test_drafts_of_an_export_that_was_killed_are_gone_at_the_next(root: Path) -> None:
-    (root / "drafts.tmp" / "onnx").mkdir(parents=True)
-    (root / "drafts.tmp" / "onnx" / "step.onnx").write_bytes(b"half")
+    (root / "step.onnx.draft.tmp").write_bytes(b"half")
+    (root / "decoder.onnx.draft.tmp.tmp").write_bytes(b"half")
     with drafts(root) as made:
         made.path(root / "new.onnx").write_bytes(b"new")
         bundle = made.commit(Bundle.open(root).manifest)
     assert "new.onnx" in bundle.manifest.files
-    assert (root / "onnx" / "step.onnx").read_bytes() != b"half"
-    assert not (root / "drafts.tmp").exists()
+    assert (root / "step.onnx").read_bytes() != b"half"
+    assert not list(root.rglob("*.tmp"))
 
 
 def test_a_manifest_that_cannot_be_written_undoes_everything(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, manifest = listing(root), Bundle.open(root).manifest
-    old, new = root / "onnx" / "step.onnx", root / "engines" / "step.engine"
+    old, new = root / "step.onnx", root / "engines" / "step.engine"
 
     def full(path: Path, manifest: object) -> Bundle:
         raise OSError(28, "No space left on device")

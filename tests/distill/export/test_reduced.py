@@ -59,8 +59,8 @@ def test_int8_weights_are_stored_in_int8_but_for_the_ends_and_the_timestep(copy:
     before = Bundle.open(copy)
     export_reduced(copy, "int8", say=lambda line: None)
     bundle = assert_described(copy, before, "int8", {"step"}, "candidate")
-    whole = onnx.load(bundle.file("onnx/step.onnx"))
-    model = onnx.load(bundle.file("onnx/step.int8.onnx"))
+    whole = onnx.load(bundle.file("step.onnx"))
+    model = onnx.load(bundle.file("step.int8.onnx"))
     products = [node for node in with_float_weights(whole).graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
     convolutions = [node.name for node in products if node.op_type == "Conv"]
     excluded = spared(with_float_weights(whole))
@@ -97,9 +97,9 @@ def test_other_graphs_outdate_what_was_made_of_the_old_ones(copy: Path, capsys: 
     assert main([str(copy), "--to", "onnx", "--precision", "float16"]) == 0
     printed = capsys.readouterr().out
     assert_described(copy, before, "float16", {"step", "decoder"}, "built")
-    assert f"wrote {copy / 'onnx' / 'step.float16.onnx'}" in printed and "norm in float32" in printed
+    assert f"wrote {copy / 'step.float16.onnx'}" in printed and "norm in float32" in printed
     manifest = Bundle.open(copy).manifest
     digests = {engine.file: manifest.files[engine.file] for engine in manifest.engines if engine.precision == "float32"}
     assert outdated(manifest, digests) == []
-    gone = outdated(manifest, digests | {"onnx/step.onnx": "0" * 64})
-    assert [engine.file for engine in gone] == ["onnx/step.float16.onnx", "onnx/decoder.float16.onnx"]
+    gone = outdated(manifest, digests | {"step.onnx": "0" * 64})
+    assert [engine.file for engine in gone] == ["step.float16.onnx", "decoder.float16.onnx"]

@@ -39,7 +39,7 @@ def with_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source(shape: tuple[int | str, ...], **changes: Any) -> Engine:
-    given = {"graph": "decoder", "file": "onnx/decoder.onnx", "opset": 22, "outputs": {}, "parity": {}}
+    given = {"graph": "decoder", "file": "decoder.onnx", "opset": 22, "outputs": {}, "parity": {}}
     return Engine(inputs={"latents": shape}, **(given | changes))
 
 
@@ -153,7 +153,7 @@ def test_engines_of_a_bundle_are_built_and_say_that_nobody_ran_them(copy: Path) 
         assert (engine.status, engine.parity) == ("built", {})
         assert engine.target is not None
         assert engine.target.version == package("tensorrt-rtx").__version__
-        assert engine.target.source == bundle.manifest.files[f"onnx/{engine.graph}.onnx"]
+        assert engine.target.source == bundle.manifest.files[f"{engine.graph}.onnx"]
         assert bundle.file(engine.file).stat().st_size > 10_000
         assert all(greatest[0] == 4 for _, _, greatest in engine.target.shapes.values())
     assert "built, not executed" in said[-1]
@@ -187,6 +187,6 @@ def test_a_graph_that_is_none_is_refused_in_the_parsers_words(tmp_path: Path) ->
 
 @rtx
 def test_an_input_without_shapes_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
-    request = Request("tensorrt-rtx", str(tiny_bundle / "onnx" / "decoder.onnx"), str(tmp_path / "engine"), {})
+    request = Request("tensorrt-rtx", str(tiny_bundle / "decoder.onnx"), str(tmp_path / "engine"), {})
     with pytest.raises(BuildError, match=r"input latents has free axes \(-1, 4, 16, 16\) and no shapes were given"):
         build(request)

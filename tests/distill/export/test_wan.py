@@ -122,7 +122,7 @@ def test_the_manifest_lists_four_graphs_with_free_frames(tiny_video_bundle: Path
 
 def test_compiled_pieces_are_diffusers_whole(tiny_video_bundle: Path, family: tuple[Wan, Any]) -> None:
     """Down to one latent frame per call, which no example of the exporter has."""
-    first, following = (OnnxGraph(tiny_video_bundle / "onnx" / f"{name}.onnx") for name in GRAPHS[2:])
+    first, following = (OnnxGraph(tiny_video_bundle / f"{name}.onnx") for name in GRAPHS[2:])
     latents = latents_of(4)
     found = first.run({"latents": latents[:, :, :1]})
     images = [found["image"]]
