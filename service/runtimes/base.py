@@ -6,9 +6,9 @@ images = generate(runtime, manifest, ["a red cube"], seeds=[7], steps=4)      # 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,8 @@ Images = NDArray[np.uint8]
 Conditioning = dict[str, NDArray[np.generic]]
 """What the step graph reads besides latents, by input name; every array has the rows of the batch first."""
 
-RuntimeName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx"]
-RuntimeChoice = Literal["auto", "onnx", "openvino", "tensorrt"]
+RuntimeName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx", "torch"]
+RuntimeChoice = Literal["auto", "onnx", "openvino", "tensorrt", "torch"]
 FixedPrecision = Literal["float32", "bfloat16", "float16", "int8"]
 """Of the arithmetic of the denoiser. What comes in and goes out is float32 whatever it is."""
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -30,6 +30,28 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 class RuntimeUnavailable(Exception):
     """The runtime or precision that was asked for cannot be had on this machine; the message tells the way out."""
+
+
+class LoraRefused(Exception):
+    """A LoRA that does not fit the model, or a runtime that takes none; the message tells the way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """Low-rank additions to the weights of one model's denoiser, read and checked by its runtime."""
+
+    digest: str
+    """sha256 of the file."""
+    rank: int
+    """The greatest of its layers."""
+    layers: int
+    bytes: int
+    factors: Mapping[str, Any] = field(repr=False)
+    """By layer, as the runtime that read them keeps them."""
+
+
+Worn = tuple[tuple[Lora, float], ...]
+"""LoRAs with their scales, together on one model."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,11 @@ class Capabilities:
     """Of a prompt that are read; None: the model takes labels."""
     fallback: str = ""
     """Why this is not the runtime that was asked for; empty where it is."""
+    loose_sizes: tuple[int, ...] = ()
+    """The same for rows that asked for speed and not for bits; empty where batch_sizes are all that there are."""
+    loose_ms: tuple[float, ...] = ()
+    loras: bool = False
+    """Whether read_lora and configure take LoRAs."""
 
     @property
     def max_batch(self) -> int:
@@ -68,10 +95,21 @@ class Tokens:
 
 
 class Runtime(Protocol):
-    """Computes one bundle. Row i of every result depends on row i of the inputs alone, to the last bit."""
+    """Computes one bundle. Row i of every result depends on row i of the inputs alone, to the last bit.
+
+    After ``configure(exact=False)`` the last bits may depend on the number of rows as well.
+    """
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    def read_lora(self, data: bytes) -> Lora:
+        """A LoRA in a safetensors file, from any thread. Raises LoraRefused."""
+        ...
+
+    def configure(self, *, exact: bool = True, loras: Worn = ()) -> None:
+        """How the next steps are computed: in batches that keep every bit, with which LoRAs. Cheap when unchanged."""
+        ...
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens: ...
 

@@ -4,7 +4,7 @@ Batches and bits. A seed must give the same picture alone and beside others, but
 kernel for another number of rows and change the last bit. So a batch size is used only if, on this machine, each of
 its rows equals the same row computed alone, bit for bit; kernels are chosen by shape, not by values, so random inputs
 at load decide it for good. Rows then run in chunks of the sizes that passed; where none but 1 does, rows run one by
-one and the promise still holds.
+one and the promise still holds. Rows that gave the promise up (``configure(exact=False)``) run in the others as well.
 
 Only the step is batched, in powers of two; text and pictures go row by row, and the first picture of a batch is
 ready for its encoder while the next one is decoded. Long clips are decoded in pieces, each with what the layers keep of
@@ -29,8 +29,11 @@ from service.runtimes.base import (
     FixedPrecision,
     Floats,
     Images,
+    Lora,
+    LoraRefused,
     RuntimeName,
     Tokens,
+    Worn,
 )
 from service.runtimes.tokenizer import ClipTokenizer, T5Tokenizer
 
@@ -93,10 +96,22 @@ class GraphRuntime(ABC):
                 "export the bundle again"
             )
         alone = self.manifest.frames and self.device == "cpu"
-        sizes, step_ms = self._calibrate(min(max_batch, CLIP_ROWS) if alone else max_batch)
+        exact, every = self._calibrate(min(max_batch, CLIP_ROWS) if alone else max_batch)
+        self._sizes = tuple(exact)
         room = None if self._tokenizer is None else self._tokenizer.room
-        version, device = self.version(), self.device
-        self.capabilities = Capabilities(self.name, version, precision, device, threads, sizes, step_ms, room)
+        loose = every if len(every) > len(exact) else {}
+        self.capabilities = Capabilities(
+            self.name,
+            self.version(),
+            precision,
+            self.device,
+            threads,
+            tuple(exact),
+            tuple(exact.values()),
+            room,
+            loose_sizes=tuple(loose),
+            loose_ms=tuple(loose.values()),
+        )
 
     @abstractmethod
     def version(self) -> str:
@@ -105,6 +120,14 @@ class GraphRuntime(ABC):
     @abstractmethod
     def _load(self, bundle: Bundle, graph: str) -> Graph:
         """Raises BundleError when the bundle lacks the graph or it does not load."""
+
+    def read_lora(self, data: bytes) -> Lora:
+        raise LoraRefused(f"{self.manifest.name} runs on {self.name}, which takes no LoRAs; set LEAPFROG_RUNTIME=torch")
+
+    def configure(self, *, exact: bool = True, loras: Worn = ()) -> None:
+        able = self.capabilities
+        assert able.loras or not loras, f"{self.name} cannot have read a LoRA"
+        self._sizes = able.batch_sizes if exact else able.loose_sizes or able.batch_sizes
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         if self._tokenizer is None:
@@ -129,7 +152,7 @@ class GraphRuntime(ABC):
         feed |= conditioning
         parts, start = [], 0
         while start < len(latents):
-            size = next(s for s in reversed(self.capabilities.batch_sizes) if s <= len(latents) - start)
+            size = next(s for s in reversed(self._sizes) if s <= len(latents) - start)
             parts.append(self._run_step(feed, slice(start, start + size)))
             start += size
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -157,11 +180,12 @@ class GraphRuntime(ABC):
         outputs = self._step.run({name: value[rows] for name, value in feed.items()})
         return [output.astype(np.float32, copy=False) for output in outputs]
 
-    def _calibrate(self, max_batch: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Batch sizes (powers of two, from 1) that are bit-exact, with the milliseconds of one step each."""
+    def _calibrate(self, max_batch: int) -> tuple[dict[int, float], dict[int, float]]:
+        """Milliseconds of a step by batch size (powers of two, from 1): of those that are bit-exact, and of all."""
         feed = self._random_feed(max_batch)
         solo = [self._run_step(feed, slice(i, i + 1)) for i in range(max_batch)]
-        sizes, step_ms, size = [1], [self._time_step(feed, 1)], 2
+        every, size = {1: self._time_step(feed, 1)}, 2
+        inexact: list[int] = []
         while size <= max_batch:
             together = self._run_step(feed, slice(0, size))
             exact = all(
@@ -169,19 +193,20 @@ class GraphRuntime(ABC):
                 for k, output in enumerate(together)
                 for i in range(size)
             )
-            if exact:
-                sizes.append(size)
-                step_ms.append(self._time_step(feed, size))
-            else:
-                logger.warning("%s: batches of %d change the last bit here and are not used", self.manifest.name, size)
+            every[size] = self._time_step(feed, size)
+            if not exact:
+                inexact.append(size)
             size *= 2
+        if inexact:
+            told = f"batches of {', '.join(map(str, inexact))} change the last bit here"
+            logger.warning("%s: %s and are only used for requests with deterministic: false", self.manifest.name, told)
         self.decode(feed["latents"][:1].astype(np.float32))
-        return tuple(sizes), tuple(round(ms, 2) for ms in step_ms)
+        return {size: ms for size, ms in every.items() if size not in inexact}, every
 
     def _time_step(self, feed: Conditioning, size: int) -> float:
         start = time.perf_counter()
         self._run_step(feed, slice(0, size))
-        return (time.perf_counter() - start) * 1e3
+        return round((time.perf_counter() - start) * 1e3, 2)
 
     def _random_feed(self, rows: int) -> Conditioning:
         random = np.random.default_rng(0)
