@@ -68,10 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             return _dry_run(recipe, options.assume)
         _check_inputs(recipe)
+        return train(recipe, resume=options.resume, quiet=options.quiet)
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2
-    return train(recipe, resume=options.resume, quiet=options.quiet)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is in checkpoints, if anything: --resume goes on with it", file=sys.stderr)
+        return 130
 
 
 def _dry_run(recipe: Any, assume: str) -> int:
@@ -136,7 +139,7 @@ def _say(line: str, leader: bool) -> None:
 
 
 def _check_inputs(recipe: Any) -> None:
-    """What a recipe reads must exist before any work; what the hub has is asked for when it is loaded."""
+    """What a recipe reads and where it writes must exist before any work; what the hub has is asked for later."""
     for key, value in _inputs(recipe):
         if not Path(value).is_dir() and not (key == "teacher" and is_hub_id(value)):
             raise RecipeError(
@@ -155,6 +158,17 @@ def _check_inputs(recipe: Any) -> None:
     data = getattr(recipe, "data", None)
     if isinstance(data, FileData):
         check_files(data)
+    for key, folder in (("output", Path(recipe.output)), ("LEAPFROG_RUNS", run_folder(recipe.name))):
+        _check_writable(key, folder.absolute())
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    """What is written at a run's end must have a place at its beginning."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise RecipeError(f"{key}: {there} is a file; name another folder")
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"{key}: {there} cannot be written to by this user; name another folder")
 
 
 def _inputs(recipe: Any) -> list[tuple[str, str]]:

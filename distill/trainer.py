@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from distill.changes import changes
 from distill.config import Base, Optimizer
 from distill.parallel import checkpoint, gradients
 from distill.parallel.context import context_groups, share_sequence
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 Telemetry = Mapping[str, Value]
 
 
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 PER_RANK = ("cpu_seconds/", "peak_gib")
 """Beginnings of what ranks that share their micro-batches each tell of themselves."""
 
@@ -177,9 +180,13 @@ class Trainer:
         sink = Sink(self.folder, self.iteration) if self.world.leader else _Kept()
         bar = tqdm(total=recipe.iterations, initial=self.iteration, desc=recipe.name, unit="it", disable=self.quiet)
         with self._named(), self._signals(), contextlib.closing(sink), contextlib.closing(bar), self.saver:
+            first = self.iteration
             while self.iteration < recipe.iterations:
+                began = time.monotonic()
                 telemetry = self._step()
                 self.iteration += 1
+                if self.iteration == first + 2 and self.world.leader:  # the first one warms up
+                    _check_patience(time.monotonic() - began)
                 bar.update()
                 sink.add(telemetry)
                 if self._probes() and self._joins:
@@ -314,9 +321,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the present iteration, with a checkpoint."""
+        """SIGINT and SIGTERM end the run after the present iteration, with a checkpoint; a second Ctrl-C at once."""
 
         def stop(number: int, frame: object) -> None:
+            if self._stop == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if self._stop is None and self.world.leader:
+                # Past Python's buffers, which the signal may have come in the middle of.
+                os.write(2, b"\nends after this iteration, with a checkpoint; Ctrl-C once more ends at once\n")
             self._stop = number
 
         try:
@@ -391,6 +403,7 @@ class Trainer:
                 f"{newest} belongs to {facts['task']} {facts['name']!r}, not to {self.recipe.task} "
                 f"{self.recipe.name!r}; resume it with its own recipe, or name it in initialise_from"
             )
+        self._compare(newest, facts.get("recipe", {}))
         try:
             self._restore(newest)
         except ValueError as error:
@@ -399,6 +412,19 @@ class Trainer:
             ) from None
         self.iteration = int(facts["iteration"])
         return self.iteration
+
+    def _compare(self, saved: Path, before: Mapping[str, Any]) -> None:
+        """Tell what the recipe changes in the run; raises TrainingError where that makes another stage."""
+        found = changes(before, self.recipe.model_dump(mode="json"))
+        for change in found:
+            if change.of_stage:
+                raise TrainingError(
+                    f"{saved} was trained with {change.key}: {change.before} and this recipe says {change.after}, "
+                    f"which is another stage; resume it with {self.folder / 'recipe.yaml'}, or give the new stage a "
+                    f"name of its own and initialise_from: {self.folder}"
+                )
+        if found and self.world.leader:
+            log.warning("%s goes on with a changed recipe: %s", saved, "; ".join(map(str, found)))
 
     def _initialise(self, source: Path) -> None:
         """Start from the weights of another run's newest checkpoint; roles that it lacks start as they were made."""
@@ -412,8 +438,12 @@ class Trainer:
                     checkpoint.read(newest, weights, self.world)
                 else:
                     log.info("initialise_from: %s has no %s, which starts as it was made", newest, role)
-        except (checkpoint.CheckpointError, ValueError) as error:
+        except checkpoint.CheckpointError as error:
             raise TrainingError(f"{self.recipe.name}: initialise_from {source}: {error}") from None
+        except ValueError as error:
+            raise TrainingError(
+                f"{self.recipe.name}: initialise_from {source}: {error}; give a run of the same network and adapters"
+            ) from None
         self.ema = {role: Average(self.task.roles[role]) for role in self.ema}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -436,6 +466,20 @@ class Trainer:
         if unknown := sorted(stored.keys() - tensors.keys()):
             raise ValueError(f"{unknown[0]} is unknown here")
         checkpoint.read(saved, tensors, self.world)
+
+
+def _check_patience(seconds: float) -> None:
+    """Warn where torchrun kills ranks before an iteration and its checkpoint can end after a signal."""
+    patience = int(os.environ.get(PATIENCE, "30"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and 3 * seconds > patience:
+        log.warning(
+            "an iteration takes %.0f s, and torchrun kills its ranks %d s after it passes a signal on: start it with "
+            "%s=%d, or --shutdown-timeout, so that a signal leaves a checkpoint",
+            seconds,
+            patience,
+            PATIENCE,
+            math.ceil(10 * seconds),
+        )
 
 
 def schedule(settings: Optimizer, iteration: int, iterations: int) -> float:

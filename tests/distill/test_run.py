@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,22 @@ def test_faults_stop_before_any_work(
     printed = capsys.readouterr()
     assert message in printed.err and printed.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_without_a_place_is_told_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main([REWARD, f"output={tmp_path}/file/out"]) == 2
+    assert f"output: {tmp_path}/file is a file; name another folder" in capsys.readouterr().err
+    (tmp_path / "runs").touch()
+    assert main([REWARD, f"output={tmp_path}/out"]) == 2
+    assert f"LEAPFROG_RUNS: {tmp_path}/runs is a file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_somebody_else_is_told_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    assert main([REWARD, f"output={tmp_path}/closed/out"]) == 2
+    assert f"output: {tmp_path}/closed cannot be written to by this user" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_bundle_is_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

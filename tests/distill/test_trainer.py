@@ -28,7 +28,7 @@ from distill.objectives.plan import Hook
 from distill.run import main
 from distill.tasks.distillation import DistillationTask
 from distill.telemetry.sink import grid
-from distill.trainer import Phase, Trainer, TrainingError, generator, schedule
+from distill.trainer import Phase, Trainer, TrainingError, _check_patience, generator, schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -254,6 +254,34 @@ def test_a_checkpoint_of_the_first_releases_is_resumed(tmp_path: Path) -> None:
     break_checkpoint(newest, "alter")
     with pytest.raises(TrainingError, match=r"step-0000004/state.safetensors was altered"):
         trainer(tmp_path).resume()
+
+
+def test_what_a_recipe_changes_in_a_resumed_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, iterations=2).run()
+    t = trainer(tmp_path, seed=1, save_every=1, optimizer=Optimizer(learning_rate=0.01))
+    assert t.resume() == 2
+    (told,) = [line for line in caplog.messages if "changed recipe" in line]
+    assert "step-0000002 goes on with a changed recipe: seed 0 → 1; iterations 2 → 6; " in told
+    assert "optimizer.learning_rate 0.05 → 0.01" in told and "save_every" not in told
+    caplog.clear()
+    assert trainer(tmp_path, iterations=2).resume() == 2 and "changed recipe" not in caplog.text
+
+
+class StagedRecipe(ToyRecipe):
+    critic: Optimizer | None = None
+
+
+@pytest.mark.parametrize("critics", [(None, Optimizer(learning_rate=1.0)), (Optimizer(learning_rate=1.0), None)])
+def test_another_method_of_the_same_name_is_another_stage(tmp_path: Path, critics: tuple[Any, Any]) -> None:
+    recipes = [StagedRecipe(**toy(tmp_path).model_dump(), critic=critic) for critic in critics]
+    Trainer(ToyTask(recipes[0]), tmp_path / "run", quiet=True).run()
+    second = Trainer(ToyTask(recipes[1]), tmp_path / "run", quiet=True)
+    before = {name: tensor.clone() for name, tensor in second._tensors().items()}
+    with pytest.raises(
+        TrainingError, match=r"step-0000006 was trained with critic: .* another stage; .*initialise_from"
+    ):
+        second.resume()
+    assert_equal(second._tensors(), before)
 
 
 # --- initialise_from -----------------------------------------------------------------------------------------------
@@ -574,6 +602,51 @@ def test_handlers_of_signals_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     trainer(tmp_path).run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_is_answered_at_once_and_a_second_one_ends_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    t = trainer(tmp_path)
+    phases = t.task.phases
+
+    def twice(iteration: int) -> list[Phase]:
+        if iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "ends after this iteration, with a checkpoint" in capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGINT)
+        return phases(iteration)
+
+    t.task.phases = twice
+    with pytest.raises(KeyboardInterrupt):
+        t.run()
+    again = trainer(tmp_path)
+    assert again.resume() == 2 and again.run()
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds", "told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1"}, 60.0, True),
+        ({"TORCHELASTIC_RUN_ID": "1"}, 3.0, False),
+        ({"TORCHELASTIC_RUN_ID": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}, 60.0, False),
+        ({}, 60.0, False),
+    ],
+)
+def test_iterations_longer_than_torchruns_patience_are_told(
+    environment: dict[str, str],
+    seconds: float,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    _check_patience(seconds)
+    assert ("takes 60 s, and torchrun kills its ranks 30 s" in caplog.text) == told
+    assert ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in caplog.text) == told
 
 
 @pytest.mark.slow
