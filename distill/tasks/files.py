@@ -82,7 +82,7 @@ class LatentCache:
             )
         size = tuple(int(side) for side in family.size)
         self.size = (size[0], size[1])
-        maker = modules_digest({k: v for k, v in family.parts.items() if k == "vae"}).hex()[:16]
+        maker = latents_digest(family).hex()[:16]
         name = f"latents-{family.name}-{self.size[0]}x{self.size[1]}-{maker}"
         self.cache = RowCache(name, len(pictures), {"latents": (shape, "float16")})
 
@@ -161,9 +161,22 @@ def modules_digest(modules: dict[str, nn.Module]) -> bytes:
     )
 
 
+def latents_digest(family: Any) -> bytes:
+    """Depends on the autoencoder's weights and on the numbers that bring its output to model scale."""
+    vae = family.parts.get("vae")
+    if vae is None:
+        return modules_digest({})
+    scale = [
+        getattr(vae.config, name, None) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    ]
+    return content_digest(modules_digest({"vae": vae}), repr(scale))
+
+
 def text_digest(family: Any) -> bytes:
-    """Depends on the text encoders' weights and on the tokenizers' words, merges and length."""
+    """Depends on all that makes a prompt's condition: encoders, tokenizers, length, FLUX's embedded guidance."""
     encoders = {name: part for name, part in family.parts.items() if name.startswith("text_encoder")}
-    tokenizers = [getattr(family, name, None) for name in ("tokenizer", "tokenizer_2")]
+    single = (getattr(family, name, None) for name in ("tokenizer", "tokenizer_2"))
+    tokenizers = getattr(family, "tokenizers", None) or list(single)
     words = [f"{sorted(t.get_vocab().items())} {t.model_max_length} {t.padding_side}" for t in tokenizers if t]
-    return content_digest(modules_digest(encoders), *words)
+    settings = [f"{name} {getattr(family, name, None)}" for name in ("max_tokens", "guidance")]
+    return content_digest(modules_digest(encoders), *words, *settings)

@@ -16,10 +16,13 @@ from torch import Tensor
 from distill.config import FileData, RecipeError, load_recipe
 from distill.data import cache
 from distill.families.base import Condition
+from distill.families.flux import Flux
+from distill.families.published import USUAL
 from distill.families.sdxl import Sdxl
 from distill.run import train
+from distill.shrink import save_tiny_teacher
 from distill.tasks.common import to_float
-from distill.tasks.files import CachedText, FileSamples
+from distill.tasks.files import CachedText, FileSamples, text_digest
 from distill.tasks.samples import samples_for
 
 PROMPTS = ["a small red metal sphere", "a large blue cube", "a green cylinder left of a cube"]
@@ -106,6 +109,9 @@ def test_other_weights_have_other_latents(files: Path, family: Any) -> None:
         family.vae.encoder.conv_in.weight.mul_(1.5)
     second, _ = FileSamples(data, 0, family).batch(2, 0, 4)
     assert not torch.equal(first, second)
+    family.vae.register_to_config(scaling_factor=2 * family.vae.config.scaling_factor)
+    third, _ = FileSamples(data, 0, family).batch(2, 0, 4)
+    torch.testing.assert_close(third, 2 * second, rtol=2e-3, atol=2e-3)  # float16 on disk
 
 
 def test_labels_come_from_subfolders(files: Path, family: Any) -> None:
@@ -146,6 +152,20 @@ def test_text_states_of_other_weights_are_not_taken(files: Path, family: Any) ->
     FileSamples(data, 0, family)
     assert not equal(family.encode(PROMPTS), first)
     assert equal(family.encode(PROMPTS), plain(PROMPTS), 1e-6)
+
+
+def test_text_states_of_another_guidance_or_tokenizer_are_not_taken(files: Path, tmp_path: Path) -> None:
+    """FLUX's condition holds the guidance that its network reads; its tokenizers lie in a list."""
+    save_tiny_teacher("flux", USUAL["flux"], tmp_path / "flux")
+    data = FileData(prompts=str(files / "prompts.txt"), cache_text=True)
+    flux, other = (Flux.from_folder(tmp_path / "flux", embedded_guidance=scale)[0] for scale in (1.0, 3.5))
+    for family in (flux, other):
+        FileSamples(data, 0, family)
+        for _ in range(2):  # computed, and read
+            assert family.encode(PROMPTS)["guidance"].tolist() == [family.guidance] * 3
+    before = text_digest(flux)
+    flux.tokenizers[0].model_max_length -= 1
+    assert text_digest(flux) != before
 
 
 def equal(one: Condition, other: Condition, tolerance: float = 0.0) -> bool:
