@@ -198,16 +198,21 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # what it says of configs is said when weights are loaded
     try:
         name, configs = configs_of(recipe.teacher, recipe.family)
+    except RecipeError:
+        raise
     except ValueError as error:
         raise RecipeError(f"teacher: {error}") from None
     family: Any
     network: Any
-    with torch.device("meta"):
-        family, network = FAMILIES[name].from_config(configs, **options_for(recipe, name))
-        family.schedule = with_grid(family.schedule, recipe)
-        x = torch.empty(1, *family.latent_shape())
-        condition = family.blank(1)
-        inputs = family.inputs(x, torch.empty(1), condition)
+    try:
+        with torch.device("meta"):
+            family, network = FAMILIES[name].from_config(configs, **options_for(recipe, name))
+            family.schedule = with_grid(family.schedule, recipe)
+            x = torch.empty(1, *family.latent_shape())
+            condition = family.blank(1)
+            inputs = family.inputs(x, torch.empty(1), condition)
+    except (ValueError, KeyError) as error:
+        raise RecipeError(f"teacher: {recipe.teacher} does not make a {name} network ({error})") from error
     if recipe.parallel.context > 1:
         try:
             check_sequence(network, recipe.parallel.context)
@@ -329,6 +334,8 @@ def _missing(recipe: DistillRecipe, machine: Machine) -> Iterator[str]:
         pairs, steps = recipe.regression.pairs, recipe.regression.steps
         calls = 2 * pairs * steps
         yield f"not counted: the teacher's {pairs:,} ODE pairs of {steps} steps, made once ({calls:,} calls)"
+    if recipe.adapters:
+        yield "adapters are counted with the gradients of all weights, of which they need few: an upper bound"
     for key in _UNCOUNTED:
         if getattr(recipe, key):
             yield f"not counted: {key}"

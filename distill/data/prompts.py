@@ -26,6 +26,8 @@ def files_of(pattern: str, endings: tuple[str, ...]) -> list[Path]:
     found = [path] if plain else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
     found = [file for file in found if file.is_file()]
     wrong = [file for file in found if not file.name.endswith(endings)]
+    if path.is_dir():
+        raise DataError(f"{pattern!r} is a folder; name a file in it, or a pattern such as '{path}/*{endings[0]}'")
     if not found:
         raise DataError(f"there is no file {pattern!r}; give one, or a pattern such as 'data/*{endings[0]}'")
     if wrong:

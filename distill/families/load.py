@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from distill.bundle import MANIFEST, Bundle, sha256
 from distill.config import DistillRecipe, RecipeError
 from distill.families.flux import Flux
@@ -59,9 +61,18 @@ def load_teacher(recipe: DistillRecipe) -> Teacher:
     """The family, with the recipe's size, frames, shift and grid, and the network of its teacher, all on the CPU."""
     folder = local_folder(recipe.teacher)
     bundle = Bundle.open(folder) if (folder / MANIFEST).is_file() else None
-    name = recipe.family or (bundle.manifest.family if bundle else family_of(folder))
+    name = _agreed(recipe, bundle.manifest.family if bundle else pipeline_family(folder), folder)
     own = clip_of(bundle) if bundle and name == "wan" else {}
-    family, network = FAMILIES[name].from_folder(folder, **own | options_for(recipe, name))
+    given = own | options_for(recipe, name)
+    try:
+        family, network = FAMILIES[name].from_folder(folder, **given)
+    except (ValueError, OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"teacher: {folder} does not load as {name} ({first}); fetch it again") from error
+    try:
+        family.latent_shape()
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     family.schedule = with_grid(family.schedule, recipe)
     if bundle:
         source = {"digest": bundle.digest, **bundle.manifest.provenance}
@@ -95,12 +106,29 @@ def with_grid(schedule: Any, recipe: DistillRecipe) -> Any:
 
 def family_of(folder: Path) -> str:
     """The family of a diffusers folder. Raises RecipeError for one that we do not have."""
-    index = folder / "model_index.json"
-    kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
-    if kind not in PIPELINES:
+    family = pipeline_family(folder)
+    if family is None:
+        kind = _pipeline(folder)
         seen = f"is a {kind}" if kind else "has neither bundle.json nor model_index.json"
         raise RecipeError(f"teacher: {folder} {seen}; give the folder of {' or '.join(PIPELINES)}, or a bundle")
-    return PIPELINES[kind]
+    return family
+
+
+def pipeline_family(folder: Path) -> str | None:
+    """The family of the pipeline that a folder's model_index.json names; None where it names none of ours."""
+    return PIPELINES.get(_pipeline(folder) or "")
+
+
+def _pipeline(folder: Path) -> str | None:
+    index = folder / "model_index.json"
+    return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
+
+
+def _agreed(recipe: DistillRecipe, said: str | None, folder: Path) -> str:
+    """The family of a teacher by its folder and by the recipe. Raises RecipeError where they contradict each other."""
+    if recipe.family and said and recipe.family != said:
+        raise RecipeError(f"family is {recipe.family} and the teacher in {folder} is of the {said} family; drop family")
+    return recipe.family or said or family_of(folder)
 
 
 def local_folder(source: str) -> Path:

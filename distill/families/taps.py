@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distill.config import RecipeError
+
 
 @contextmanager
 def tapped(offered: Mapping[str, nn.Module], taps: Sequence[str], *, place: int = 0) -> Iterator[dict[str, Tensor]]:
@@ -15,11 +17,11 @@ def tapped(offered: Mapping[str, nn.Module], taps: Sequence[str], *, place: int 
 
     place: which one of a module that gives several; blocks of an MMDiT give those of the text first.
 
-    Gradients flow through what is collected. Raises ValueError for a name that is not offered.
+    Gradients flow through what is collected. Raises RecipeError for a name that is not offered.
     """
     unknown = [tap for tap in taps if tap not in offered]
     if unknown:
-        raise ValueError(f"there is no tap {unknown[0]!r}; this network offers {', '.join(offered)}")
+        raise RecipeError(f"there is no tap {unknown[0]!r}; this network offers {', '.join(offered)}")
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

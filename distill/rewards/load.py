@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill.config import RecipeError
 from distill.reward_names import parse_reward
 from distill.rewards.clip import ClipReward, load_clip_score, load_pickscore
 from distill.rewards.digits import DigitClassifier
@@ -34,7 +35,7 @@ _LOADERS: dict[str, Callable[..., Any]] = {
 
 
 def load_reward(name: str | Path) -> Any:
-    """The reward that a recipe names. Raises ValueError for a name or folder that holds none."""
+    """The reward that a recipe names. Raises RecipeError for a name or folder that holds none."""
     kind, source = parse_reward(str(name))
     if kind is not None:
         return _LOADERS[kind](source) if source else _LOADERS[kind]()
@@ -46,6 +47,6 @@ def load_reward(name: str | Path) -> Any:
         return VideoReward.load(name)
     if config.get("model_type") == "clip":
         return ClipReward.load(name)
-    raise ValueError(
+    raise RecipeError(
         f"{name} holds no reward; give a folder with a CLIPModel, a video reward or a digit classifier, or a known name"
     )

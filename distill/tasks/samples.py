@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import FileData, SceneData
+from distill.config import FileData, RecipeError, SceneData
 from distill.data.cache import cached_array, scene_clips, scene_images
 from distill.data.captions import describe
 from distill.data.world import sample_scene
@@ -154,7 +154,12 @@ class LabelSamples:
 
 
 def samples_for(data: SceneData | FileData | str, seed: int, family: Any) -> Samples:
-    """The samples that a recipe names."""
+    """The samples that a recipe names. Raises RecipeError for prompts where labels are read, or labels for prompts."""
+    reads_labels, gives_labels = hasattr(family, "classes"), data in ("labels", "digits")
+    if gives_labels and not reads_labels:
+        raise RecipeError(f"data is {data}, and the {family.name} family reads prompts; name data.prompts")
+    if reads_labels and not gives_labels and getattr(data, "prompts", "scenes"):
+        raise RecipeError(f"data has prompts, and the {family.name} family reads labels; use data: labels, or pictures")
     if isinstance(data, FileData):
         return FileSamples(data, seed, family)
     if data == "labels":

@@ -136,6 +136,28 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
     assert found.memory("student")["gradients"] == 4 * adapters
 
 
+def test_sdxl_in_4_steps_fits_80_gb_as_adapters_of_one_frozen_base_alone() -> None:
+    found = counted("sdxl-amd-4step-lora", gpus=1)
+    held = {phase: found.memory(phase) for phase in ("student", "fake")}
+    assert all(sum(parts.values()) < 80e9 / 2 for parts in held.values())
+    assert all(min(parts.values()) > 0 for parts in held.values())
+    teacher, student, fake = found.roles[:3]
+    assert (teacher.parameters, teacher.weight, teacher.trained) == (2_567_463_684, 2.0, 0)
+    assert 0 < student.trained == fake.trained < 0.07 * teacher.parameters
+    own = [replace(role, parameters=teacher.parameters, trained=teacher.parameters) for role in (student, fake)]
+    whole = replace(found, roles=(replace(teacher, weight=4.0), *own, *found.roles[3:]))
+    assert sum(whole.memory("student").values()) > 80e9
+
+
+def test_mixed_layouts_hold_the_base_once_and_one_network_beside_it() -> None:
+    found = counted("sit-xl-amd-1step", "adapters={roles: [student], rank: 8, base: bfloat16}")
+    teacher, student, fake = found.roles[:3]
+    assert (teacher.weight, fake.trained) == (2.0, teacher.parameters) and student.trained < 0.02 * fake.trained
+    assert found.memory("student")["gradients"] == 4 * student.trained
+    assert found.memory("fake")["gradients"] == 4 * fake.trained
+    assert any("adapters are counted with" in line for line in table(found))
+
+
 def test_published_rewards_are_as_large_as_the_table_says() -> None:
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -164,6 +186,11 @@ def test_assumptions_are_strict(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Machine.parse(text)
     assert Machine.parse("gpus=16,mfu=0.5") == Machine(gpus=16, mfu=0.5)
+
+
+def test_a_size_that_the_network_cannot_cut_stops_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / "sd15-amd-1step.yaml"), "size=[500, 512]", "--dry-run"]) == 2
+    assert "(size has 500; this autoencoder takes multiples of 8 pixels)" in capsys.readouterr().err
 
 
 def test_an_unknown_teacher_stops_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,11 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
             read_prompts(str(tmp_path / pattern))
 
 
+def test_a_folder_in_the_place_of_a_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder; name a file in it, or a pattern such as '.*/\*\.txt'"):
+        read_prompts(str(tmp_path))
+
+
 def test_missing_files_are_told_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff")  # not read, so not found to be no text
     (tmp_path / "pictures").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ def test_folders_of_other_pipelines_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
     with pytest.raises(RecipeError, match="is a PixArtSigmaPipeline; give the folder of StableDiffusionXLPipeline or"):
         family_of(tmp_path)
+
+
+def test_a_family_that_contradicts_the_folder_is_refused(tiny_teacher: Folder) -> None:
+    with pytest.raises(RecipeError, match=r"family is wan and the teacher in .* is of the sd15 family; drop family"):
+        load_teacher(recipe(tiny_teacher("sd15"), family="wan"))
+
+
+def test_a_teacher_that_was_fetched_in_part_or_cut_to_a_wrong_size_is_told(
+    tiny_teacher: Folder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_teacher("sd15"), tmp_path / "teacher")
+    with pytest.raises(RecipeError, match=r"^size has 30; .* multiples of 4 pixels$"):
+        load_teacher(recipe(folder, size=(30, 32)))
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RecipeError, match=r"teacher: .* does not load as sd15 \(.*\); fetch it again"):
+        load_teacher(recipe(folder))
+    weights.unlink()
+    with pytest.raises(RecipeError, match=r"teacher: .* does not load as sd15 \(.*\); fetch it again"):
+        load_teacher(recipe(folder))
 
 
 def test_hub_ids_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

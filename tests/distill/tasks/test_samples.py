@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from distill.config import SceneData
+from distill.config import FileData, RecipeError, SceneData
 from distill.data.world import HELD_OUT
 from distill.tasks.samples import LabelSamples, SceneSamples, samples_for
 
@@ -34,6 +34,20 @@ def test_prompts_are_those_of_the_data_unless_a_share_is_held_out() -> None:
 def test_a_share_is_between_zero_and_one(share: float) -> None:
     with pytest.raises(ValueError, match="held_out_prompts"):
         SceneData(held_out_prompts=share)
+
+
+@pytest.mark.parametrize(
+    ("data", "attributes", "told"),
+    [
+        ("labels", {"name": "sdxl"}, "data is labels, and the sdxl family reads prompts; name data.prompts"),
+        ("digits", {"name": "wan"}, "data is digits, and the wan family reads prompts"),
+        (FileData(prompts="p.txt"), {"name": "sit", "classes": 9}, "the sit family reads labels; use data: labels"),
+        (SceneData(), {"name": "sit", "classes": 9}, "data has prompts, and the sit family reads labels"),
+    ],
+)
+def test_labels_and_prompts_are_not_taken_for_each_other(data: Any, attributes: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        samples_for(data, 0, cast(Any, type("Reader", (), attributes)))
 
 
 def test_labels_are_drawn_alike_and_have_no_pictures() -> None:
