@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from service import routes, schemas
+from service import logs, routes, schemas
 from service.edge import STATE, Edge, RequestState, RestorePath
 from service.encode import EncodePool
 from service.errors import ApiError
@@ -62,16 +62,6 @@ class NoCallerErrors(logging.Filter):
         return not isinstance(error, (ValidationError, CallerError))
 
 
-def configure_logging() -> None:
-    """Our lines look like BentoML's, on the same stream."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] [%(name)s] %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
-    ours = logging.getLogger("service")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
-    logging.getLogger("bentoml._internal.server.http_app").addFilter(NoCallerErrors())
-
-
 class CallerError(BentoMLException):
     """Carries the status of an ApiError through BentoML; the edge puts the rest back."""
 
@@ -98,7 +88,8 @@ class Leapfrog:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """Load in a thread: the port answers /livez and /readyz from the first moment."""
-        configure_logging()
+        logs.configure(hub.settings.log)
+        logging.getLogger("bentoml._internal.server.http_app").addFilter(NoCallerErrors())
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
@@ -135,7 +126,7 @@ class Leapfrog:
 
     def _load(self) -> None:
         hub.pool.warm_up()
-        hub.registry.load(hub.studio.open)
+        hub.registry.load(hub.open)
 
     async def _picture(self, ctx: bentoml.Context, asked: dict[str, Any]) -> Picture:
         request = schemas.validate(asked, schemas.ImageRequest)

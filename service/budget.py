@@ -36,6 +36,10 @@ class BatchKey(NamedTuple):
     shape: tuple[int, ...]
     """Of the latents of one row: (C, h, w), of a clip (C, f, h, w)."""
     guidance: float = 1.0
+    exact: bool = True
+    """Whether batches must keep every bit."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Digests and scales of what rows wear; they change what is computed and not what it costs."""
 
 
 @dataclass
@@ -58,14 +62,14 @@ class Budget:
 
     def know(self, key: BatchKey, sizes: tuple[int, ...]) -> None:
         """Begin a curve; ``sizes`` are the numbers of rows that the runtime computes in one call, from 1 up."""
-        self._curves[key] = _Curve(sizes, sizes[-1])
+        self._curves[_cost(key)] = _Curve(sizes, sizes[-1])
 
     def knows(self, key: BatchKey) -> bool:
-        return key in self._curves
+        return _cost(key) in self._curves
 
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """One denoising call of ``rows`` rows took ``seconds``."""
-        curve = self._curves[key]
+        curve = self._curves[_cost(key)]
         curve.calls += 1
         known = curve.seconds.get(rows)
         curve.seconds[rows] = seconds if known is None else known + EASE * (seconds - known)
@@ -75,13 +79,13 @@ class Budget:
         self._text[model] = seconds if known is None else known + EASE * (seconds - known)
 
     def observe_decode(self, key: BatchKey, seconds: float) -> None:
-        curve = self._curves[key]
+        curve = self._curves[_cost(key)]
         known = curve.decode_s
         curve.decode_s = seconds if known is None else known + EASE * (seconds - known)
 
     def halve(self, key: BatchKey, rows: int) -> int:
         """Memory ran out at ``rows`` rows: from now on at most the largest size of half as many. Returns that size."""
-        curve = self._curves[key]
+        curve = self._curves[_cost(key)]
         curve.limit = max((size for size in curve.sizes if size <= max(1, rows // 2)), default=1)
         return curve.limit
 
@@ -90,7 +94,7 @@ class Budget:
 
         A shape that was never measured costs in proportion to its latents, from another shape of the same model.
         """
-        seconds = self._curves[key].seconds
+        seconds = self._curves[_cost(key)].seconds
         if not seconds:
             return rows * self._row_guess(key)
         if rows in seconds:
@@ -100,7 +104,7 @@ class Budget:
 
     def sizes(self, key: BatchKey) -> tuple[int, ...]:
         """Batch sizes worth using, rising; the last one is the cap."""
-        curve = self._curves[key]
+        curve = self._curves[_cost(key)]
         allowed = [size for size in curve.sizes if size <= curve.limit]
         rates = [size / self.step_s(key, size) for size in allowed]
         enough = PAYS * max(rates)
@@ -116,7 +120,7 @@ class Budget:
 
     def decode_s(self, key: BatchKey) -> float:
         """Of one row: measured, in proportion to its latents from another shape of the model, or as long as a step."""
-        known = self._curves[key].decode_s
+        known = self._curves[_cost(key)].decode_s
         if known is not None:
             return known
         for other, curve in self._curves.items():
@@ -133,10 +137,15 @@ class Budget:
 
     def curve(self, key: BatchKey) -> dict[int, float]:
         """The measured points, for GET /v1/models: seconds by number of rows."""
-        return dict(sorted(self._curves[key].seconds.items()))
+        return dict(sorted(self._curves[_cost(key)].seconds.items()))
 
     def _row_guess(self, key: BatchKey) -> float:
         for other, curve in self._curves.items():
             if other.model == key.model and curve.seconds:
                 return self.step_s(other, 1) * prod(key.shape) / prod(other.shape)
         return GUESS_S
+
+
+def _cost(key: BatchKey) -> BatchKey:
+    """All LoRAs share one curve: their names come from callers, and there is no end of scales."""
+    return key._replace(loras=())

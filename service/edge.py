@@ -16,12 +16,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import errors
 from service.errors import ApiError
+from service.logs import REQUEST
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ KNOWN_PATHS = OPEN_PATHS | {
     "/v1/estimate",
     "/v1/queue",
     "/v1/models",
+    "/v1/loras",
+    "/v1/images/edits",
+    "/v1/realtime",
     "/v1/videos",
     "/v1/videos/sync",
     "/v1/openapi.json",
@@ -46,7 +51,14 @@ TEMPLATES = (
     (re.compile(r"^/v1/videos/[^/]+/content$"), "/v1/videos/{id}/content"),
     (re.compile(r"^/v1/videos/[^/]+/events$"), "/v1/videos/{id}/events"),
     (re.compile(r"^/v1/requests/[^/]+/cancel$"), "/v1/requests/{id}/cancel"),
+    (re.compile(r"^/v1/admin/loras/[^/]+$"), "/v1/admin/loras/{id}"),
 )
+ADMIN = "/v1/admin/"
+UPLOAD_S = 300.0
+"""For an admin to send a file."""
+UNREAD = frozenset({"/v1/images/edits"})
+UNREAD_BYTES = 25 << 20
+"""Of a body that is not looked at, so that its sender hears why and not how large it is."""
 UNKNOWN_PATH = "/{unknown}"
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 DRAIN_FACTOR = 64
@@ -63,6 +75,7 @@ class RequestState:
         self.request_id, self.path = request_id, path
         self.owner = ""
         """Of whose pictures this is about: a name of the API key that does not tell it, or nobody's."""
+        self.admin = False
         self.error: ApiError | None = None
         self.receive: Receive | None = None
         """The body and then whether the client has left, past every layer between the edge and the routes."""
@@ -78,18 +91,18 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "there are no websockets here"})
-            return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         state = RequestState(given if REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}", scope["path"])
+        REQUEST.set(state.request_id)
+        if scope["type"] == "websocket":
+            await self._socket(scope, receive, send, state, headers)
+            return
         reply = Reply(send, state, scope["method"])
         try:
             self._keep_private(scope)
-            state.owner = self._authenticate(scope["path"], headers)
-            body = await self._body(headers, receive)
+            self._authenticate(state, key_of(headers))
+            body = await self._body(state, headers, receive)
             inner = {**scope, "path": metric_path(scope["path"]), STATE: state}
             state.receive = replay(body, receive)
             await self.app(inner, state.receive, reply)
@@ -98,6 +111,21 @@ class Edge:
         except Exception:
             logger.exception("request %s: %s %s failed", state.request_id, scope["method"], scope["path"])
             await reply.error(errors.internal(state.request_id))
+
+    async def _socket(self, scope: Scope, receive: Receive, send: Send, state: RequestState, headers: Headers) -> None:
+        """A WebSocket: for those who have the key, and in browsers only for pages of this very server."""
+        try:
+            self._keep_private(scope)
+            self._authenticate(state, key_of(headers) or key_of_protocols(scope.get("subprotocols", ())))
+            if not is_same_host(headers):
+                raise ApiError(403, "the page is of another host", code="forbidden")
+        except ApiError as error:
+            # Before it is accepted, closing is an HTTP 403.
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": error.message[:120]})
+            return
+        path = state.path if state.path in KNOWN_PATHS else UNKNOWN_PATH
+        await self.app({**scope, "path": path, STATE: state}, receive, send)
 
     def _keep_private(self, scope: Scope) -> None:
         """Without API keys only this machine is answered, whatever address the server was told to listen on."""
@@ -110,27 +138,34 @@ class Edge:
         logger.warning("refused a request on %s: %s", scope["server"][0], message)
         raise ApiError(403, message, code="forbidden")
 
-    def _authenticate(self, path: str, headers: Headers) -> str:
-        """The owner. Raises ApiError 401 where a key is needed."""
-        if not self.settings.api_keys or path in OPEN_PATHS:
-            return ""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if scheme.lower() == "bearer" else b""
-        # Every key is compared, so that the time tells neither which one matched nor how far.
-        matches = [secrets.compare_digest(given, known.encode()) for known in self.settings.api_keys]
-        if not any(matches):
+    def _authenticate(self, state: RequestState, given: bytes) -> None:
+        """Set the owner. Raises ApiError 401 where a key is needed and 403 where it must be an admin's."""
+        settings, for_admins = self.settings, state.path.startswith(ADMIN)
+        if for_admins and not settings.admin_keys:
+            raise errors.needs_admin("this server has no admin keys; set LEAPFROG_ADMIN_KEYS")
+        if state.path in OPEN_PATHS or not (settings.api_keys or for_admins):
+            return
+        users, admins = matches(given, settings.api_keys), matches(given, settings.admin_keys)
+        if not (users or admins):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send the header 'Authorization: Bearer KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return hashlib.sha256(given).hexdigest()[:12]
+        if for_admins and not admins:
+            raise errors.needs_admin()
+        state.owner, state.admin = hashlib.sha256(given).hexdigest()[:12], admins
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, state: RequestState, headers: Headers, receive: Receive) -> bytes:
         """The whole body. Raises ApiError 413 when it is too large and 408 when it does not arrive in time."""
-        limit, read, chunks = self.settings.max_body_bytes, 0, list[bytes]()
-        deadline = time.monotonic() + self.settings.body_timeout_s
+        limit, seconds, read, chunks = self.settings.max_body_bytes, self.settings.body_timeout_s, 0, list[bytes]()
+        if state.admin and state.path.startswith(ADMIN):
+            limit, seconds = self.settings.max_lora_mb << 20, max(seconds, UPLOAD_S)
+        unread = state.path in UNREAD
+        if unread:
+            limit = max(limit, UNREAD_BYTES)
+        deadline = time.monotonic() + seconds
         more = True
         while more and read <= limit * DRAIN_FACTOR:
             try:
@@ -138,12 +173,12 @@ class Edge:
             except TimeoutError:
                 if read > limit:
                     break
-                message_text = f"the body did not arrive within {self.settings.body_timeout_s:g} s; send it again"
+                message_text = f"the body did not arrive within {seconds:g} s; send it again"
                 raise ApiError(408, message_text, code="request_timeout", headers={"connection": "close"}) from None
             if message["type"] == "http.disconnect":
                 raise ApiError(408, "the client closed the connection", code="client_disconnected")
             read += len(message.get("body", b""))
-            if read <= limit:
+            if read <= limit and not unread:
                 chunks.append(message.get("body", b""))
             more = message.get("more_body", False)
         if read > limit:
@@ -214,6 +249,34 @@ class RestorePath:
             state: RequestState = scope[STATE]
             scope, receive = {**scope, "path": state.path}, state.receive or receive
         await self.app(scope, receive, send)
+
+
+def key_of(headers: Headers) -> bytes:
+    """The API key of a request; empty if there is none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip().encode() if scheme.lower() == "bearer" else b""
+
+
+def matches(given: bytes, keys: Sequence[str]) -> bool:
+    """Whether a key is one of ``keys``; all are compared, so that the time tells neither which one nor how far."""
+    found = [secrets.compare_digest(given, known.encode()) for known in keys]
+    return any(found)
+
+
+PROTOCOL = "realtime"
+KEY_PROTOCOL = "openai-insecure-api-key."
+
+
+def key_of_protocols(protocols: Sequence[str]) -> bytes:
+    """The API key among the protocols of a WebSocket, which are all that a browser lets a page send."""
+    found = (name.removeprefix(KEY_PROTOCOL) for name in protocols if name.startswith(KEY_PROTOCOL))
+    return next(found, "").encode()
+
+
+def is_same_host(headers: Headers) -> bool:
+    """Whether a request comes from no page, or from one of this server."""
+    origin = headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == headers.get("host", "")
 
 
 def is_loopback(server: tuple[str, int | None] | None) -> bool:

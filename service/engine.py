@@ -30,7 +30,7 @@ from service.budget import BatchKey, Budget
 from service.cache import ByteCache
 from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull, Row, Served
 from service.runtimes.base import Conditioning, Images, Runtime, stack
-from service.scheduler import Forecast, Job, Scheduler, together
+from service.scheduler import RANK, Forecast, Job, Scheduler, together
 from service.warmup import warm_up
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,9 @@ class Engine:
         ]
         for thread in self._threads:
             thread.start()
+        metrics.ALIVE.labels(device).set(1)
+
+    replicas = 1
 
     @property
     def alive(self) -> bool:
@@ -100,6 +103,8 @@ class Engine:
         with self._wake:
             for key in keys.values():
                 self.budget.know(key, able.batch_sizes)
+                if able.loose_sizes:
+                    self.budget.know(key._replace(exact=False), able.loose_sizes)
         warm_up(self.budget, served)
         self._served[name] = served
 
@@ -189,18 +194,20 @@ class Engine:
     def _rows_of(self, order: Order) -> list[Row]:
         key, table, now = self._key(order), self._served[order.model].tables[order.steps], self._clock()
         deadline = float("inf") if order.deadline_s is None else now + order.deadline_s
-        rows = []
+        cost_s, rows = order.steps * self.budget.row_step_s(key) + self.budget.decode_s(key), []
         for index in range(len(order.seeds)):
             job = self.scheduler.new(
                 key, order.steps, now, owner=order.owner, deadline=deadline, priority=order.priority, ready=False
             )
-            rows.append(Row(order, index, table, job))
+            rows.append(Row(order, index, table, job, cost_s))
         return rows
 
     def _key(self, order: Order) -> BatchKey:
         served = self._served[order.model]
         with self._wake:
-            key = served.key(order.size, order.frames)
+            exact = order.exact or not served.runtime.capabilities.loose_sizes
+            worn = tuple((lora.digest, scale) for lora, scale in order.loras)
+            key = served.key(order.size, order.frames)._replace(exact=exact, loras=worn)
             if not self.budget.knows(key):
                 self.budget.know(key, (1,))  # larger batches were shown to be bit-exact for the usual lengths alone
         return key
@@ -222,6 +229,7 @@ class Engine:
             loop()
         except Exception:
             logger.exception("a thread of engine %s died; every request to it fails from now on", self.device)
+            metrics.DEATHS.labels(self.device).inc()
             with self._wake:
                 self._closing = True
                 for row in list(self._rows.values()):
@@ -229,6 +237,7 @@ class Engine:
                         row.settle(EngineClosed(f"the engine of {row.order.model} has stopped"))
                 self._wake.notify_all()
         finally:
+            metrics.ALIVE.labels(self.device).set(0)
             self._texts.put(None)
             self._finished.put(None)
 
@@ -316,11 +325,16 @@ class Engine:
 
     def _show(self) -> None:
         """Set the gauges, after the queue has changed."""
-        for name in self._served:
+        for name, served in self._served.items():
             jobs = [job for job in self.scheduler if job.key.model == name]
-            waiting = sum(not job.started for job in jobs)
-            metrics.QUEUED.labels(name).set(waiting)
-            metrics.RUNNING.labels(name).set(len(jobs) - waiting)
+            for priority in RANK:
+                waiting = sum(not job.started and job.priority == priority for job in jobs)
+                metrics.QUEUED.labels(name, self.device, priority).set(waiting)
+            metrics.RUNNING.labels(name, self.device).set(sum(job.started for job in jobs))
+            for (width, height), frames in served.keys:
+                if frames in (0, *served.manifest.frames[:1]):
+                    most = self.budget.sizes(served.keys[(width, height), frames])[-1]
+                    metrics.LARGEST_BATCH.labels(name, f"{width}x{height}", self.device).set(most)
         metrics.WORK_SECONDS.labels(self.device).set(self.scheduler.work_s())
 
     def _step(self, rows: list[Row], again: bool = False) -> None:
@@ -345,10 +359,11 @@ class Engine:
         for row in rows:
             if row.job.done == 0 and row.order.on_begin is not None:
                 row.order.on_begin(row.index)
+        steps, key, order = [row.job.done for row in rows], rows[0].job.key, rows[0].order
+        model, runtime = order.model, self._served[order.model].runtime
+        runtime.configure(exact=key.exact, loras=order.loras)
         start = time.perf_counter()
-        steps = [row.job.done for row in rows]
-        model = rows[0].order.model
-        advanced, x0 = self._served[model].runtime.step(
+        advanced, x0 = runtime.step(
             np.concatenate([row.latents for row in rows]),
             np.array([row.table.timesteps[k] for row, k in zip(rows, steps, strict=True)], dtype=np.float32),
             np.stack([row.table.rows[k] for row, k in zip(rows, steps, strict=True)]),
@@ -358,7 +373,7 @@ class Engine:
         elapsed = time.perf_counter() - start
         metrics.step(model, len(rows), elapsed)
         with self._wake:
-            self.budget.observe(rows[0].job.key, len(rows), elapsed)
+            self.budget.observe(key, len(rows), elapsed)
             for row in rows:
                 row.job.done += 1
                 if row.job.remaining == 0:
@@ -366,6 +381,7 @@ class Engine:
         for i, row in enumerate(rows):
             row.latents = advanced[i : i + 1]
             row.denoise_ms += elapsed * 1e3
+            row.spent_s += elapsed / len(rows)
             row.largest_batch = max(row.largest_batch, len(rows))
             if row.order.on_step is not None and row.job.remaining > 0:
                 row.order.on_step(row.index, row.job.done, x0[i])
@@ -415,7 +431,9 @@ class Engine:
         metrics.stage(model, "denoise", row.denoise_ms)
         metrics.stage(model, "decode", decode_ms)
         metrics.QUEUE_SECONDS.labels(model).observe(queue_ms / 1e3)
+        metrics.COST_RATIO.labels(model).observe((row.spent_s + decode_ms / 1e3) / row.cost_s)
         metrics.IMAGES.labels(model).inc()
+        metrics.FRAMES.labels(model).inc(row.order.frames)
         picture = Picture(
             pixels,
             row.seed,
@@ -435,7 +453,10 @@ class Engine:
         if not mine:
             return
         metrics.FAILED.labels(row.order.model).inc()
-        logger.error("row failed: %s, request %s, seed %d: %s", row.order.model, row.order.tag, row.seed, error)
+        about = {"request_id": row.order.tag}
+        logger.error(
+            "row failed: %s, request %s, seed %d: %s", row.order.model, row.order.tag, row.seed, error, extra=about
+        )
         row.settle(error)
 
 

@@ -59,6 +59,11 @@ def unsupported(param: str, message: str) -> ApiError:
     return invalid(param, message, "unsupported_operation")
 
 
+def needs_admin(message: str = "this needs an admin key; send one of LEAPFROG_ADMIN_KEYS") -> ApiError:
+    """403: the key opens other paths, or there are no admins."""
+    return ApiError(403, message, code="forbidden")
+
+
 def queue_full(waiting: int, retry_after_s: float) -> ApiError:
     """429 with the time after which a place should be free."""
     headers = {

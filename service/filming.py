@@ -22,7 +22,7 @@ from service import metrics
 from service.clips import Clip, shrunk, spritesheet, thumbnail
 from service.registry import Model
 from service.rows import Order, Picture
-from service.runtimes.base import Floats, Images
+from service.runtimes.base import Floats, Images, Worn
 from service.video_request import VideoPlan
 
 SLOTS = 2
@@ -57,6 +57,7 @@ class Filming:
         tag: str = "",
         owner: str = "",
         deadline_s: float | None = None,
+        worn: Worn = (),
         on_begin: Callable[[], None] = lambda: None,
         on_step: Callable[[int, Floats], None] = lambda done, x0: None,
     ) -> None:
@@ -68,6 +69,7 @@ class Filming:
         self._encoding, self._over = False, False
         self._order = replace(
             order_of(model, plan, tag=tag, owner=owner, deadline_s=deadline_s),
+            loras=worn,
             on_begin=lambda index: on_begin(),
             on_step=lambda index, done, x0: on_step(done, x0),
             on_frames=self._on_frames,

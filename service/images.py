@@ -22,10 +22,11 @@ from service.edge import STATE, RequestState
 from service.encode import EncodePool
 from service.errors import ApiError, Disconnected
 from service.idempotency import Gone, Replies
+from service.loras import Loras
 from service.preview import preview, preview_steps
 from service.registry import Model, Registry
 from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull
-from service.runtimes.base import Floats
+from service.runtimes.base import Floats, Worn
 from service.schemas import Plan
 from service.settings import Settings
 from service.studio import Studio
@@ -44,14 +45,21 @@ class Hub:
     registry: Registry
     pool: EncodePool
     studio: Studio = field(init=False)
+    loras: Loras = field(init=False)
     files: ByteCache[bytes] = field(init=False)
     replies: Replies = field(default_factory=Replies)
     running: dict[tuple[str, str], list[Drawing]] = field(default_factory=dict)
     """By owner and request id, for those who want to cancel."""
 
     def __post_init__(self) -> None:
-        self.studio = Studio(self.settings, self.registry)
+        self.loras = Loras(self.settings, self.registry)
+        self.studio = Studio(self.settings, self.registry, loras=self.loras)
         self.files = ByteCache(self.settings.result_cache_mb << 20)
+
+    def open(self) -> None:
+        """What must be done between loading models and serving them. Raises StoreError."""
+        self.loras.open()
+        self.studio.open()
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Drawing:
         self.hub, self.model, self.plan, self.state = hub, model, plan, state
         self.id = f"img_{secrets.token_hex(12)}"
         self.begun = time.perf_counter()
+        self._worn = hub.loras.resolve(model, plan.loras)
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[tuple[int, Floats] | None] = asyncio.Queue()
         self._known = {seed: data for seed in plan.seeds if (data := self._look_up(seed)) is not None}
@@ -145,6 +154,8 @@ class Drawing:
             if done in shown:
                 pixels = preview(x0, self.model.bundle.manifest.preview, self.plan.size)
                 data, _ = await self.hub.pool.encode(pixels, self.plan.output_format, self.plan.compression)
+                if shown[done] == 0:
+                    metrics.PREVIEW_SECONDS.labels(self.model.name).observe(time.perf_counter() - self.begun)
                 yield Preview(data, shown[done])
 
     def _progress(self, done: int) -> Progress:
@@ -160,7 +171,7 @@ class Drawing:
             def tell(index: int, done: int, x0: Floats) -> None:
                 self._loop.call_soon_threadsafe(self._steps.put_nowait, (done, x0))
 
-        order = order_of(self.model, plan, self.state, self._missing, tell)
+        order = order_of(self.model, plan, self.state, self._missing, self._worn, tell)
         try:
             return self.model.engine.submit(order)
         except (QueueFull, DeadlineExceeded, EngineClosed) as error:
@@ -196,10 +207,11 @@ class Drawing:
         """Everything that decides the bytes of a file; and the owner, so that nobody sees what others asked for."""
         plan, able = self.plan, self.model.runtime.capabilities
         computed = (self.model.digest, able.runtime, able.version, able.precision, able.device)
+        worn = tuple((lora.digest, scale) for lora, scale in self._worn)
         return (
             self.state.owner,
             computed,
-            (plan.prompt, seed, plan.steps, plan.size),
+            (plan.prompt, seed, plan.steps, plan.size, plan.exact, worn),
             (plan.output_format, plan.compression),
         )
 
@@ -209,6 +221,7 @@ def order_of(
     plan: Plan,
     state: RequestState,
     seeds: tuple[int, ...],
+    worn: Worn = (),
     on_step: Callable[[int, int, Floats], None] | None = None,
 ) -> Order:
     """A plan as the engine takes it."""
@@ -223,6 +236,8 @@ def order_of(
         priority=plan.priority,
         deadline_s=plan.deadline_s,
         cache=plan.cache,
+        exact=plan.exact,
+        loras=worn,
         on_step=on_step,
     )
 
@@ -272,6 +287,8 @@ def counted(hub: Hub) -> Iterator[Count]:
         raise
     except ApiError as error:
         outcome = OUTCOMES.get(error.code) or ("invalid" if error.status < 500 else "error")
+        if outcome == "rejected":
+            metrics.REJECTIONS.labels(error.code).inc()
         raise
     finally:
         if not count.postponed:

@@ -15,13 +15,31 @@ FAILED = Counter("leapfrog_failed_rows_total", "Pictures whose computation faile
 LATE = Counter("leapfrog_late_rows_total", "Pictures given up because their deadline passed", ["model"])
 CACHE = Counter("leapfrog_cache_total", "Look-ups of encoded prompts and of files", ["model", "cache", "result"])
 
+FRAMES = Counter("leapfrog_video_frames_total", "Frames of clips that were decoded", ["model"])
+REJECTIONS = Counter("leapfrog_rejections_total", "Requests that found no place, by the code of the error", ["reason"])
+DEATHS = Counter("leapfrog_engine_deaths_total", "Engines that stopped because a thread of theirs died", ["device"])
+
 VIDEOS = Counter("leapfrog_videos_total", "Video jobs by how they ended", ["model", "outcome"])
 UNFINISHED_VIDEOS = Gauge(
     "leapfrog_unfinished_videos", "Video jobs that wait or are being made", multiprocess_mode="livesum"
 )
 
-QUEUED = Gauge("leapfrog_queue_rows", "Pictures waiting for a place in a batch", ["model"], multiprocess_mode="livesum")
-RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model"], multiprocess_mode="livesum")
+SESSIONS = Gauge("leapfrog_realtime_sessions", "Open realtime sessions", multiprocess_mode="livesum")
+
+QUEUED = Gauge(
+    "leapfrog_queue_rows",
+    "Pictures waiting for a place in a batch",
+    ["model", "device", "priority"],
+    multiprocess_mode="livesum",
+)
+RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model", "device"], multiprocess_mode="livesum")
+ALIVE = Gauge("leapfrog_engine_alive", "1 while an engine computes", ["device"], multiprocess_mode="livesum")
+LARGEST_BATCH = Gauge(
+    "leapfrog_batch_limit_rows",
+    "Largest batch that pays, as measured",
+    ["model", "size", "device"],
+    multiprocess_mode="livesum",
+)
 WORK_SECONDS = Gauge(
     "leapfrog_queue_work_seconds", "Compute that is still to do; scale on this", ["device"], multiprocess_mode="livesum"
 )
@@ -32,6 +50,15 @@ STAGE_SECONDS = Histogram("leapfrog_stage_seconds", "Time per picture and stage"
 STEP_SECONDS = Histogram("leapfrog_step_seconds", "Time of one denoising call", ["model", "batch"], buckets=SECONDS)
 BATCH_ROWS = Histogram(
     "leapfrog_batch_rows", "Pictures per denoising step", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64)
+)
+PREVIEW_SECONDS = Histogram(
+    "leapfrog_time_to_first_preview_seconds", "From a stream's request to its first preview", ["model"], buckets=SECONDS
+)
+COST_RATIO = Histogram(
+    "leapfrog_cost_estimate_ratio",
+    "Seconds of compute of a picture over what they were estimated at when it was queued",
+    ["model"],
+    buckets=(0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0),
 )
 
 

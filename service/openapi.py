@@ -32,7 +32,8 @@ def document(settings: Settings, manifests: Sequence[Manifest] = ()) -> Schema:
             "title": "Leapfrog",
             "version": VERSION,
             "description": "Few-step students behind OpenAI's images and videos API. Fields that OpenAI does not have: "
-            "steps, seed, progress, priority, deadline_ms, cache; of videos num_frames, fps, output_format.",
+            "steps, seed, progress, priority, deadline_ms, cache, deterministic, loras; of videos num_frames, fps, "
+            "output_format.",
         },
         "paths": {
             "/v1/openapi.json": {"get": _operation("getDocument", "This document", {"type": "object"})},
@@ -50,6 +51,9 @@ def document(settings: Settings, manifests: Sequence[Manifest] = ()) -> Schema:
                     body={"anyOf": [asked, filmed]},
                 )
             },
+            "/v1/images/edits": {"post": _never("editImage", "OpenAI's edits, which no model here can do", 400)},
+            "/v1/realtime": {"get": _never("realtime", "A WebSocket: pictures of a prompt while it changes", 426)},
+            **_loras(),
             **_videos(filmed),
             "/v1/queue": {"get": _operation("getQueue", "How much there is to do", _list(QUEUE))},
             "/v1/requests/{request_id}/cancel": {
@@ -102,6 +106,7 @@ def _complete(schema: Schema, settings: Settings, manifests: Sequence[Manifest])
     """What requests for pictures and videos have in common; returns what may not be sent together."""
     properties: dict[str, Schema] = schema["properties"]
     properties["prompt"] |= {"minLength": 1, "maxLength": settings.max_prompt_chars, "pattern": r"\S"}
+    properties["loras"]["items"] = schema.pop("$defs")["LoraWish"]
     if manifests:
         _choose(properties["model"], sorted(m.name for m in manifests))
         _choose(properties["steps"], sorted({steps for m in manifests for steps in m.samplers}))
@@ -164,6 +169,28 @@ def _videos(asked: Schema) -> Schema:
         "/v1/videos/{video_id}/content": {"get": content},
         "/v1/videos/{video_id}/events": {"get": events},
     }
+
+
+def _loras() -> Schema:
+    """The paths of LoRAs."""
+    add = _operation(
+        "registerLora", "Register a LoRA, with an admin key", LORA, errors=(400, 404, 408, 409, 413, 415), path="name"
+    )
+    model = {"type": "string", "minLength": 1}
+    add["parameters"].append(_query("model", model))
+    add["requestBody"] = {"required": True, "content": _files("application/octet-stream")}
+    forget = _operation("deleteLora", "Forget a LoRA, with an admin key", LORA_DELETED, errors=(404,), path="name")
+    return {
+        "/v1/loras": {"get": _operation("listLoras", "LoRAs that requests may name", _list(LORA))},
+        "/v1/admin/loras/{name}": {"post": add, "delete": forget},
+    }
+
+
+def _never(name: str, summary: str, status: int) -> Schema:
+    """An operation that is there to say what it is not."""
+    found = _operation(name, summary, {}, errors=(status, 408, 413))
+    del found["responses"]["200"]
+    return found
 
 
 def _files(*kinds: str) -> Schema:
@@ -242,7 +269,7 @@ def _nullable(schema: Schema) -> Schema:
 REASONS = {
     400: "the request is wrong; error.param names the field",
     401: "the API key is missing or wrong",
-    403: "this server answers only its own machine",
+    403: "this server answers only its own machine, or the path is for admins",
     404: "there is no such model, request or video",
     406: "no picture can be sent in the form that Accept asks for",
     408: "the body took too long to arrive",
@@ -251,6 +278,7 @@ REASONS = {
     413: "the body is too large",
     415: "the body is not JSON, nor a form where one is taken",
     416: "the range lies beyond the end of the file",
+    426: "this is a WebSocket",
     429: "the queue is full; retry-after-ms says when to come back",
     500: "the server failed; its log has the request id",
     503: "no model is ready yet",
@@ -284,7 +312,7 @@ ESTIMATE = _object(
     seconds=TEXT,
     optional=("num_frames", "fps", "seconds"),
 )
-QUEUE = _object(device=TEXT, models=NAMES, waiting=WHOLE, running=WHOLE, work_ms=NUMBER, videos=WHOLE)
+QUEUE = _object(device=TEXT, replicas=WHOLE, models=NAMES, waiting=WHOLE, running=WHOLE, work_ms=NUMBER, videos=WHOLE)
 CANCELLED = _object(id=TEXT, object={"const": "request.cancelled"}, cancelled={"const": True})
 USAGE = _object(
     input_tokens=WHOLE,
@@ -357,3 +385,7 @@ VIDEOS = _object(
     has_more={"type": "boolean"},
 )
 DELETED = _object(id=TEXT, object={"const": "video.deleted"}, deleted={"type": "boolean"})
+LORA = _object(
+    id=TEXT, object={"const": "lora"}, model=TEXT, created=WHOLE, rank=WHOLE, layers=WHOLE, bytes=WHOLE, digest=TEXT
+)
+LORA_DELETED = _object(id=TEXT, object={"const": "lora.deleted"}, deleted={"const": True})

@@ -17,6 +17,7 @@ from typing import Literal
 from distill.bundle import MANIFEST, Bundle, BundleError
 from service.engine import Engine
 from service.errors import ApiError, unavailable, unsupported
+from service.fleet import Engines, Fleet
 from service.jobs import StoreError
 from service.runtimes import Runtime, RuntimeUnavailable, open_runtime
 from service.settings import Settings
@@ -33,7 +34,8 @@ class Model:
 
     bundle: Bundle
     runtime: Runtime
-    engine: Engine
+    """Of several replicas the first."""
+    engine: Engines
     digest: str
     """Of the bundle: the identity of what computes the pictures."""
     loaded: int
@@ -58,7 +60,7 @@ class Registry:
         self.state: State = "failed" if broken else "loading"
         self.reason = broken or "the models are being loaded"
         self._models: dict[str, Model] = {}
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Engines] = {}
         self._closing = threading.Event()
         if broken:
             logger.error("not serving: %s", broken)
@@ -119,8 +121,8 @@ class Registry:
         return list(self._models.values())
 
     @property
-    def engines(self) -> list[Engine]:
-        """One per device."""
+    def engines(self) -> list[Engines]:
+        """One per kind of device; several replicas count as one."""
         return list(self._engines.values())
 
     @property
@@ -156,22 +158,20 @@ class Registry:
             raise BundleError(
                 f"{path} has the name {manifest.name!r} of {self._models[manifest.name].bundle.path}; rename one"
             )
-        runtime = open_runtime(
-            bundle,
-            threads=self.settings.threads,
-            max_batch=self.settings.max_batch,
-            runtime=self.settings.runtime,
-            precision=self.settings.precision,
-        )
-        engine = self._engine(runtime.capabilities.device)
-        engine.add(manifest.name, runtime, manifest)
-        self._models[manifest.name] = Model(bundle, runtime, engine, bundle.digest, int(time.time()))
-        able = runtime.capabilities
+        runtimes = [self._open(bundle, replica) for replica in range(self.settings.replicas)]
+        able = runtimes[0].capabilities
+        engine = self._engine(able.device.partition(":")[0])
+        if isinstance(engine, Fleet):
+            engine.add(manifest.name, runtimes, manifest)
+        else:
+            engine.add(manifest.name, runtimes[0], manifest)
+        self._models[manifest.name] = Model(bundle, runtimes[0], engine, bundle.digest, int(time.time()))
         logger.info(
-            "loaded %s from %s in %.1f s: %s in %s, %d threads, batches of %s take %s ms per step",
+            "loaded %s from %s in %.1f s: %d x %s in %s, %d threads, batches of %s take %s ms per step",
             manifest.name,
             path,
             time.perf_counter() - start,
+            len(runtimes),
             able.runtime,
             able.precision,
             able.threads,
@@ -179,18 +179,34 @@ class Registry:
             able.step_ms,
         )
 
-    def _engine(self, device: str) -> Engine:
-        """The engine of a device: all its models share one queue."""
+    def _open(self, bundle: Bundle, replica: int) -> Runtime:
+        settings = self.settings
+        return open_runtime(
+            bundle,
+            threads=settings.threads_each,
+            max_batch=settings.max_batch,
+            runtime=settings.runtime,
+            precision=settings.precision,
+            replica=replica,
+        )
+
+    def _engine(self, device: str) -> Engines:
+        """The engine of a kind of device, or the engines of its replicas: all its models share one queue."""
         if device not in self._engines:
-            settings = self.settings
-            self._engines[device] = Engine(
-                device,
-                max_queue=settings.max_queue,
-                max_queue_s=settings.max_queue_s,
-                max_owner_rows=settings.max_key_rows if settings.api_keys else None,
-                prompt_cache_bytes=settings.prompt_cache_mb << 20,
-            )
+            count = self.settings.replicas
+            engines = [self._new_engine(f"{device}:{i}" if count > 1 else device) for i in range(count)]
+            self._engines[device] = Fleet(device, engines) if count > 1 else engines[0]
         return self._engines[device]
+
+    def _new_engine(self, device: str) -> Engine:
+        settings = self.settings
+        return Engine(
+            device,
+            max_queue=settings.max_queue,
+            max_queue_s=settings.max_queue_s,
+            max_owner_rows=settings.max_key_rows if settings.api_keys else None,
+            prompt_cache_bytes=(settings.prompt_cache_mb << 20) // settings.replicas,
+        )
 
     def _fail(self, reason: str) -> None:
         self.state, self.reason = "failed", reason
@@ -210,7 +226,9 @@ def find_bundles(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
-    found = sorted({path.parent for name in (MANIFEST, "model_index.json", "*.onnx") for path in root.glob(f"*/{name}")})
+    found = sorted(
+        {path.parent for name in (MANIFEST, "model_index.json", "*.onnx") for path in root.glob(f"*/{name}")}
+    )
     if not found:
         raise BundleError(f"{root} has no bundle; set LEAPFROG_BUNDLES to a bundle or a folder of bundles")
     return found

@@ -12,12 +12,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import answers, openapi, schemas, video_request, videos
+from service import answers, loras, openapi, realtime, schemas, video_request, videos
 from service.clips import ClipFormat
 from service.edge import STATE, RequestState, translate
 from service.encode import Format
-from service.engine import Engine
 from service.errors import ApiError, deadline_exceeded, unsupported
+from service.fleet import Engines
 from service.idempotency import Gone
 from service.images import Drawing, Hub, counted, explain, order_of
 from service.registry import Model
@@ -84,6 +84,13 @@ def build(hub: Hub) -> FastAPI:
         return JSONResponse({"object": "list", "data": data})
 
     videos.add_routes(web, hub)
+    loras.add_routes(web, hub.loras)
+    realtime.add_routes(web, hub)
+
+    @web.post("/v1/images/edits")
+    async def edits() -> None:
+        text = "the models draw from text alone, see capabilities in GET /v1/models; use POST /v1/images/generations"
+        raise unsupported("image", text)
 
     @web.post("/v1/requests/{request_id}/cancel")
     async def cancel(request: Request, request_id: str) -> JSONResponse:
@@ -129,6 +136,9 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "output_formats": list(get_args(ClipFormat if model.films else Format)),
             "seed_max": LARGEST_SEED,
             "deterministic": True,
+            "loras": able.loras,
+            "image_edits": False,
+            "realtime": not model.films,
             "stream": True,
             "max_partial_images": 0 if model.films else 3,
             **(describe_clips(model, hub) if model.films else {}),
@@ -141,6 +151,7 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "threads": able.threads,
             "batch_sizes": list(able.batch_sizes),
             "step_ms": list(able.step_ms),
+            "loose_batch_sizes": list(able.loose_sizes),
         },
         "examples": list(manifest.examples),
         "digest": model.digest,
@@ -212,10 +223,11 @@ def estimate(hub: Hub, asked: ImageRequest, state: RequestState) -> dict[str, An
     """What a request for pictures would cost and when it would be done, without doing it."""
     model = hub.registry.get(asked.model, films=False)
     plan = schemas.plan(asked, model.bundle.manifest, hub.settings)
+    order = order_of(model, plan, state, plan.seeds, hub.loras.resolve(model, plan.loras))
     error: ApiError | None = None
     eta_ms, position = None, None
     try:
-        ahead = model.engine.forecast(order_of(model, plan, state, plan.seeds))
+        ahead = model.engine.forecast(order)
         eta_ms, position = round(ahead.seconds * 1e3, 1), ahead.position
         if plan.deadline_s is not None and ahead.seconds > plan.deadline_s:
             error = deadline_exceeded(plan.deadline_s, ahead.seconds)
@@ -229,18 +241,19 @@ def estimate(hub: Hub, asked: ImageRequest, state: RequestState) -> dict[str, An
         "retry_after_ms": None if error is None else int(error.headers["retry-after-ms"]),
         "queue_position": position,
         "eta_ms": eta_ms,
-        "cost_ms": round(model.engine.cost_s(order_of(model, plan, state, plan.seeds)) * 1e3, 1),
+        "cost_ms": round(model.engine.cost_s(order) * 1e3, 1),
         "steps": plan.steps,
         "size": f"{plan.size[0]}x{plan.size[1]}",
         "n": len(plan.seeds),
     }
 
 
-def describe_queue(hub: Hub, engine: Engine) -> dict[str, Any]:
+def describe_queue(hub: Hub, engine: Engines) -> dict[str, Any]:
     """How much there is to do on a device."""
     waiting, running, work_s = engine.load()
     return {
         "device": engine.device,
+        "replicas": engine.replicas,
         "models": engine.models,
         "waiting": waiting,
         "running": running,

@@ -11,7 +11,7 @@ import numpy as np
 from distill.bundle import Manifest
 from distill.sampling import Table, noise
 from service.budget import BatchKey
-from service.runtimes.base import Conditioning, Floats, Images, Runtime
+from service.runtimes.base import Conditioning, Floats, Images, Runtime, Worn
 from service.scheduler import Job, Priority
 
 
@@ -57,6 +57,9 @@ class Order:
     """From now on."""
     cache: bool = True
     """Whether the encoded prompt may come from the cache and stay in it."""
+    exact: bool = True
+    """Whether the picture must be the same to the last bit whatever it is batched with."""
+    loras: Worn = ()
     on_step: Callable[[int, int, Floats], None] | None = None
     """Called on the denoising thread with (index of the seed, steps done, x0 (C, h, w)) after each step; be quick."""
     frames: int = 0
@@ -120,6 +123,10 @@ class Row:
     index: int
     table: Table
     job: Job
+    cost_s: float
+    """Seconds of compute that it was estimated at."""
+    spent_s: float = 0.0
+    """Its share of the steps that it took part in."""
     future: Future[Picture] = field(default_factory=Future)
     encode_text_ms: float = 0.0
     denoise_ms: float = 0.0

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,18 @@ Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "
 IGNORED = ("user", "safety_identifier", "moderation", "style", "background")
 ALIASES = {"num_inference_steps": "steps"}
 SHOWN_CHARS = 60
+
+
+LORAS = 'up to 4 of GET /v1/loras, such as [{"name": "ink", "scale": 1}]'
+
+
+class LoraWish(BaseModel):
+    """One LoRA of GET /v1/loras and how strongly it is worn."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    scale: float = Field(default=1.0, ge=-10, le=10)
 
 
 class ImageRequest(BaseModel):
@@ -50,6 +63,8 @@ class ImageRequest(BaseModel):
     priority: Priority = Field(default="normal", description="high, normal or low")
     deadline_ms: int | None = Field(default=None, ge=1, le=3_600_000, description="milliseconds from 1 to 3600000")
     cache: bool = Field(default=True, description="true or false")
+    deterministic: bool | None = Field(default=None, description="true or false")
+    loras: list[LoraWish] = Field(default=[], max_length=4, description=LORAS)
     user: str | None = Field(default=None, description="a text")
     safety_identifier: str | None = Field(default=None, description="a text")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="auto or low")
@@ -76,6 +91,10 @@ class Plan:
     deadline_s: float | None = None
     cache: bool = True
     """Whether the encoded prompt and the files may come from a cache and stay in it."""
+    exact: bool = True
+    """Whether the bytes must not depend on what the picture is batched with."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Names and scales."""
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -171,7 +190,19 @@ def plan(request: ImageRequest, manifest: Manifest, settings: Settings) -> Plan:
         priority=request.priority,
         deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
         cache=request.cache,
+        exact=settings.deterministic if request.deterministic is None else request.deterministic,
+        loras=worn_by(request.loras),
     )
+
+
+def worn_by(wishes: Sequence[LoraWish]) -> tuple[tuple[str, float], ...]:
+    """Names and scales; raises ApiError for a name that comes twice."""
+    names = [wish.name for wish in wishes]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            text = f"loras has {shown(name)} twice; name it once, with the sum of its scales"
+            raise invalid(f"loras.{index}.name", text)
+    return tuple((wish.name, wish.scale) for wish in wishes)
 
 
 def check_prompt(prompt: str, settings: Settings, what: str = "picture") -> str:
@@ -230,11 +261,13 @@ def check_size(size: str, manifest: Manifest) -> tuple[int, int]:
 
 def _explain(detail: ErrorDetails, kind: type[BaseModel]) -> ApiError:
     """Pydantic's error as ours: the field, the value seen, and what the field takes."""
-    name = str(detail["loc"][0])
-    takes = kind.model_fields[name].description
+    name, *inside = detail["loc"]
+    # Within a list the place counts; of a union pydantic tells its own names of the branches there.
+    path = ".".join(map(str, detail["loc"]))[:SHOWN_CHARS] if inside and isinstance(inside[0], int) else str(name)
+    takes = kind.model_fields[str(name)].description
     if detail["type"] == "missing":
-        return invalid(name, f"{name} is missing; give {takes}", "missing_required_parameter")
-    return invalid(name, f"{name} is {shown(detail['input'])}; give {takes}")
+        return invalid(path, f"{path} is missing; give {takes}", "missing_required_parameter")
+    return invalid(path, f"{path} is {shown(detail['input'])}; give {takes}")
 
 
 def shown(value: Any) -> str:

@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -42,13 +43,21 @@ class Settings(BaseModel):
 
     bundles: Path = Field(default=REPOSITORY / "bundles", description="a bundle, or a folder of bundles")
     api_keys: tuple[str, ...] = Field(default=(), repr=False, description="separated by commas; none: open to all")
+    admin_keys: tuple[str, ...] = Field(default=(), repr=False, description="of those who may register LoRAs")
     threads: int = Field(default_factory=lambda: min(usable_cores(), 8), ge=1, le=256, description="of one graph run")
+    replicas: int = Field(default=1, ge=1, le=64, description="copies of each model, one per GPU or share of cores")
     runtime: RuntimeChoice = Field(default="auto", description="what computes; see service.runtimes.choose")
     precision: Precision = Field(default="float32", description="of the denoiser; auto: the fastest for this processor")
     max_batch: int = Field(default=8, ge=1, le=64, description="pictures in one denoising step")
-    max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per device, beyond it 429")
-    max_queue_s: float = Field(default=60.0, gt=0, description="seconds of work waiting per device, beyond it 429")
-    max_key_rows: int = Field(default=32, ge=1, description="pictures of one API key on their way, beyond it 429")
+    deterministic: bool = Field(default=True, description="of requests that do not say: the same bytes in any batch")
+    max_queue: int = Field(default=64, ge=1, le=100_000, description="pictures waiting per replica, beyond it 429")
+    max_queue_s: float = Field(default=60.0, gt=0, description="seconds of work waiting per replica, beyond it 429")
+    max_key_rows: int = Field(default=32, ge=1, description="pictures of one API key per replica, beyond it 429")
+    max_loras: int = Field(default=32, ge=0, description="that are registered, beyond it 409")
+    max_lora_mb: int = Field(default=256, ge=1, description="of one LoRA file")
+    max_sessions: int = Field(default=16, ge=0, description="realtime sessions, beyond it refused")
+    session_idle_s: float = Field(default=60.0, gt=0, description="seconds after which a silent session ends")
+    log: Literal["text", "json"] = Field(default="text", description="form of a line of the log")
     prompt_cache_mb: int = Field(default=64, ge=0, description="for encoded prompts; 0: none are kept")
     result_cache_mb: int = Field(default=64, ge=0, description="for finished files; 0: none are kept")
     public: bool = Field(default=False, description="answer other machines without API keys")
@@ -64,7 +73,7 @@ class Settings(BaseModel):
     max_video_mb: int = Field(default=1024, ge=1, description="of finished videos; the oldest leave first")
     video_ttl_s: float = Field(default=86_400.0, gt=0, description="seconds for which a finished video is kept")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if isinstance(value, str):
@@ -77,6 +86,11 @@ class Settings(BaseModel):
             if self.max_n > bound:
                 raise ValueError(f"max_n is {self.max_n} and {name} {bound}; a request must fit into the queue")
         return self
+
+    @property
+    def threads_each(self) -> int:
+        """Threads of one graph run: as they are set, else the usable cores shared by the replicas."""
+        return self.threads if "threads" in self.model_fields_set else max(1, self.threads // self.replicas)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -24,10 +24,11 @@ from typing import Any
 
 from service import errors, metrics
 from service.encode import encode
-from service.engine import Engine
 from service.errors import ApiError
 from service.filming import Filming, Made, order_of
+from service.fleet import Engines
 from service.jobs import Job, JobStore, Order, StoreError
+from service.loras import Loras
 from service.preview import preview
 from service.registry import Model, Registry
 from service.rows import DeadlineExceeded, EngineClosed, OutOfMemory, QueueFull
@@ -39,7 +40,7 @@ from service.video_request import VideoPlan
 logger = logging.getLogger(__name__)
 
 FED = 4
-"""Jobs of one engine that have left the store's queue: a batch that waits while another one runs."""
+"""Jobs per replica that have left the store's queue: a batch that waits while another one runs."""
 LOOK_S = 1.0
 SWEEP_S = 30.0
 LET_GO_S = 5.0
@@ -86,8 +87,15 @@ class Take:
 class Studio:
     """All video jobs of a server."""
 
-    def __init__(self, settings: Settings, registry: Registry, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        clock: Callable[[], float] = time.time,
+        loras: Loras | None = None,
+    ) -> None:
         self.settings, self.registry, self._clock = settings, registry, clock
+        self._loras = loras or Loras(settings, registry)
         self.pool = ThreadPoolExecutor(settings.encode_threads, thread_name_prefix="clips")
         """Compresses clips."""
         self._books = ThreadPoolExecutor(1, thread_name_prefix="books")
@@ -231,7 +239,7 @@ class Studio:
         seconds = sum(engine.cost_s(order_of(other.model, other.plan)) for other in (*before, take))
         return len(before), seconds
 
-    def unfinished(self, engine: Engine) -> int:
+    def unfinished(self, engine: Engines) -> int:
         """Jobs of an engine."""
         with self._lock:
             return sum(take.model.engine is engine for take in self._takes.values())
@@ -273,12 +281,12 @@ class Studio:
                 left_s = None
                 if take.plan.deadline_s is not None:
                     left_s = take.job.created_at + take.plan.deadline_s - self._clock()
-                filming = self._filming(take, left_s)
                 try:
+                    filming = self._filming(take, left_s)
                     filming.start()
                 except QueueFull:
                     return
-                except (DeadlineExceeded, EngineClosed) as error:
+                except (DeadlineExceeded, EngineClosed, ApiError) as error:
                     self._enter(self._failed, take, error)
                     del self._takes[take.job.id]
                     continue
@@ -293,7 +301,8 @@ class Studio:
             if take.filming is not None:
                 fed[id(take.model.engine)] = fed.get(id(take.model.engine), 0) + 1
                 held[take.job.owner] = held.get(take.job.owner, 0) + 1
-        waiting = [t for t in self._takes.values() if t.filming is None and fed.get(id(t.model.engine), 0) < FED]
+        unfed = [take for take in self._takes.values() if take.filming is None]
+        waiting = [t for t in unfed if fed.get(id(t.model.engine), 0) < FED * t.model.engine.replicas]
         return min(waiting, key=lambda take: (held.get(take.job.owner, 0), RANK[take.plan.priority]), default=None)
 
     def _filming(self, take: Take, deadline_s: float | None) -> Filming:
@@ -316,6 +325,7 @@ class Studio:
             tag=job.id,
             owner=job.owner,
             deadline_s=deadline_s,
+            worn=self._loras.resolve(take.model, take.plan.loras),
             on_begin=begin,
             on_step=step,
         )
@@ -453,6 +463,8 @@ class Studio:
 
 def explain(error: BaseException, job_id: str) -> tuple[str, str]:
     """(code, message) of what became of a job, as its owner sees them."""
+    if isinstance(error, ApiError):
+        return error.code, error.message
     if isinstance(error, DeadlineExceeded):
         message = f"the deadline passed; {error.needed_s:.1f} s are needed, give more time or fewer frames"
         return "deadline_exceeded", message

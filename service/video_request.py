@@ -14,7 +14,7 @@ from service import schemas
 from service.clips import ClipFormat
 from service.errors import invalid, unsupported
 from service.scheduler import Priority
-from service.schemas import Quality, check_prompt, check_size, check_steps
+from service.schemas import LORAS, LoraWish, Quality, check_prompt, check_size, check_steps, worn_by
 from service.settings import LARGEST_SEED, Settings
 
 IGNORED = ("user", "safety_identifier")
@@ -39,6 +39,7 @@ class VideoRequest(BaseModel):
     priority: Priority = Field(default="normal", description="high, normal or low")
     deadline_ms: int | None = Field(default=None, ge=1, le=86_400_000, description="milliseconds from 1 to 86400000")
     cache: bool = Field(default=True, description="true or false")
+    loras: list[LoraWish] = Field(default=[], max_length=4, description=LORAS)
     user: str | None = Field(default=None, description="a text")
     safety_identifier: str | None = Field(default=None, description="a text")
 
@@ -58,6 +59,8 @@ class VideoPlan:
     deadline_s: float | None = None
     """From the request on."""
     cache: bool = True
+    loras: tuple[tuple[str, float], ...] = ()
+    """Names and scales."""
     ignored: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -68,7 +71,8 @@ class VideoPlan:
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Self:
         lists = {name: tuple(kept[name]) for name in ("size", "ignored", "warnings")}
-        return cls(**{**kept, **lists})
+        worn = tuple((str(name), float(scale)) for name, scale in kept.get("loras", ()))
+        return cls(**{**kept, **lists, "loras": worn})
 
     @property
     def seconds(self) -> str:
@@ -119,6 +123,7 @@ def plan(request: VideoRequest, manifest: Manifest, settings: Settings) -> Video
         priority=request.priority,
         deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
         cache=request.cache,
+        loras=worn_by(request.loras),
         ignored=tuple(ignored),
         warnings=tuple(warnings),
     )

@@ -131,6 +131,7 @@ def plan_of(hub: Hub, asked: VideoRequest) -> tuple[Model, VideoPlan]:
     """The model of a request and what it means there. Raises ApiError."""
     model = hub.registry.get(asked.model, films=True)
     plan = video_request.plan(asked, model.bundle.manifest, hub.settings)
+    hub.loras.resolve(model, plan.loras)
     tokens = model.runtime.tokenize([plan.prompt])
     if tokens.counts[0] > tokens.kept[0]:
         text = f"prompt was truncated: it has {tokens.counts[0]} tokens, {model.name} reads the first {tokens.kept[0]}"
@@ -311,7 +312,14 @@ async def film(hub: Hub, request: Request) -> Response:
         with TemporaryDirectory(prefix="leapfrog-", ignore_cleanup_errors=True) as folder:
             path = Path(folder) / f"clip.{plan.output_format}"
             filming = Filming(
-                model, plan, path, hub.studio.pool, tag=state.request_id, owner=state.owner, deadline_s=plan.deadline_s
+                model,
+                plan,
+                path,
+                hub.studio.pool,
+                tag=state.request_id,
+                owner=state.owner,
+                deadline_s=plan.deadline_s,
+                worn=hub.loras.resolve(model, plan.loras),
             )
             made = await _made(filming, state, request)
             data = await asyncio.to_thread(path.read_bytes)

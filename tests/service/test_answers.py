@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -54,6 +55,32 @@ def test_openai_client_reads_previews_and_then_the_picture(server: Server, clien
     assert partial[0].b64_json != partial[1].b64_json
     alone = server.images(prompt=PROMPT, seed=21, steps=4, cache=False).json()
     assert last.b64_json == alone["data"][0]["b64_json"]
+
+
+def test_openai_client_hears_of_an_error_in_mid_stream(server: Server, client: openai.OpenAI) -> None:
+    """Tried until the cancellation arrives while the picture is drawn, which is up to the machine."""
+    with ThreadPoolExecutor(6) as pool:
+        for attempt in range(50):
+            busy = [pool.submit(server.images, prompt=PROMPT, steps=8, n=4, cache=False) for _ in range(6)]
+            name = f"in-mid-stream-{attempt}"
+            stream = client.images.generate(
+                prompt=PROMPT,
+                stream=True,
+                partial_images=3,
+                extra_body={"steps": 8, "cache": False},
+                extra_headers={"x-request-id": name},
+            )
+            told: openai.APIError | None = None
+            try:
+                for _ in stream:
+                    httpx.post(f"{server.url}/v1/requests/{name}/cancel", timeout=30)
+            except openai.APIError as error:
+                told = error
+            assert all(answer.result().status_code == 200 for answer in busy)
+            if told is not None:
+                assert (told.code, told.message) == ("cancelled", "the request was cancelled")
+                return
+    raise AssertionError("every picture was done before it could be cancelled")
 
 
 def test_progress_is_told_when_asked_for(server: Server) -> None:

@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from service.edge import STATE, Edge, RestorePath, is_loopback, metric_path
+from service.edge import STATE, Edge, RestorePath, is_loopback, is_same_host, key_of_protocols, metric_path
 from service.settings import Settings
 
 
@@ -25,12 +26,14 @@ class Inner:
         await PlainTextResponse("through")(scope, receive, send)
 
 
-def ask(settings: Settings, server: tuple[str, int | None] | None, **headers: str) -> tuple[int, dict[str, Any], Inner]:
+def ask(
+    settings: Settings, server: tuple[str, int | None] | None, path: str = "/v1/models", **headers: str
+) -> tuple[int, dict[str, Any], Inner]:
     inner, sent = Inner(), list[Message]()
     scope: Scope = {
         "type": "http",
         "method": "GET",
-        "path": "/v1/models",
+        "path": path,
         "server": server,
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
@@ -85,6 +88,34 @@ def test_owners_differ_by_key_and_do_not_tell_it() -> None:
     _, _, anonymous = ask(Settings(), LOCAL[0])
     assert anonymous.scope is not None
     assert anonymous.scope[STATE].owner == ""
+
+
+def test_admin_paths_are_for_admin_keys_alone() -> None:
+    path = "/v1/admin/loras/a"
+    assert ask(Settings(), LOCAL[0], path)[0] == 403
+    assert ask(Settings(api_keys=("alpha",)), LOCAL[0], path, authorization="Bearer alpha")[0] == 403
+    for keys in ((), ("alpha",)):
+        settings = Settings(api_keys=keys, admin_keys=("root",))
+        assert ask(settings, LOCAL[0], path)[0] == 401
+        assert ask(settings, LOCAL[0], path, authorization="Bearer alpha")[0] == (403 if keys else 401)
+        status, _, inner = ask(settings, LOCAL[0], path, authorization="Bearer root")
+        assert status == 200 and inner.scope is not None and inner.scope[STATE].admin
+    _, _, inner = ask(settings, LOCAL[0], authorization="Bearer alpha")
+    assert inner.scope is not None and not inner.scope[STATE].admin
+
+
+@pytest.mark.parametrize(
+    ("origin", "same"),
+    [(None, True), ("http://here:3000", True), ("https://here:3000", True), ("http://there", False), ("null", False)],
+)
+def test_sockets_are_for_pages_of_this_host(origin: str | None, same: bool) -> None:
+    headers = {"host": "here:3000"} | ({} if origin is None else {"origin": origin})
+    assert is_same_host(Headers(headers)) == same
+
+
+def test_a_key_may_come_among_the_protocols() -> None:
+    assert key_of_protocols(["realtime", "openai-insecure-api-key.alpha"]) == b"alpha"
+    assert key_of_protocols(["realtime"]) == b""
 
 
 def test_labels_of_metrics_are_templates() -> None:

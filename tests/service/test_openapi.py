@@ -31,7 +31,8 @@ FOLLOWED = [
 
 
 TEMPLATED = {template for _, template in TEMPLATES}
-OPERATIONS = ("listModels", "getModel", "createImage", "estimate", "getQueue", "cancelRequest")
+OPERATIONS = ("listModels", "getModel", "createImage", "estimate", "getQueue", "cancelRequest", "editImage", "realtime")
+OPERATIONS += ("listLoras", "registerLora", "deleteLora")
 VIDEO_OPERATIONS = ("createVideo", "createVideoAtOnce", "listVideos", "getVideo", "deleteVideo", "cancelVideo")
 VIDEO_OPERATIONS += ("getVideoContent", "followVideo")
 BUDGET = settings(

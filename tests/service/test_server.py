@@ -84,6 +84,15 @@ def test_openai_client_lists_models(client: openai.OpenAI) -> None:
         client.models.retrieve("nothing")
 
 
+def test_openai_client_hears_that_pictures_cannot_be_edited(client: openai.OpenAI) -> None:
+    capabilities = (client.models.retrieve("tiny-sdxl").model_extra or {})["capabilities"]
+    assert capabilities["image_edits"] is False
+    for size in (100, 3 << 20):
+        with pytest.raises(openai.BadRequestError, match="use POST /v1/images/generations") as refused:
+            client.images.edit(image=("a.png", b"x" * size, "image/png"), prompt=PROMPT)
+        assert (refused.value.code, refused.value.param) == ("unsupported_operation", "image")
+
+
 def test_openai_client_gets_errors_that_name_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.generate(prompt=PROMPT, extra_body={"sead": 7})
@@ -162,7 +171,7 @@ def test_ignored_fields_are_listed(server: Server) -> None:
         ("GET", "/v1/models/x", 404, "model_not_found"),
         ("GET", "/v1/images/generations", 405, "method_not_allowed"),
         ("DELETE", "/generate", 405, "method_not_allowed"),
-        ("POST", "/v1/images/edits", 404, "not_found"),
+        ("POST", "/v1/images/variations", 404, "not_found"),
         ("GET", "/../../etc/passwd", 404, "not_found"),
     ],
 )

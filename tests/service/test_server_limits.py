@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ import openai
 import pytest
 
 from distill.bundle import Bundle
-from tests.service.conftest import Server, serve
+from tests.service.conftest import REPOSITORY, Server, serve
 
 PROMPT = "a red cube"
 KEYS = "alpha-key,beta-key"
@@ -120,9 +122,36 @@ def test_an_unusable_setting_is_told_instead_of_crashing(tiny_bundle: Path, tmp_
         assert "did you mean LEAPFROG_MAX_BATCH?" in server.get("/readyz").json()["error"]["message"]
 
 
-def test_sigterm_ends_the_server_in_order(tiny_bundle: Path, tmp_path: Path) -> None:
-    with serve(tiny_bundle, tmp_path / "home") as server:
-        assert server.images(prompt=PROMPT, steps=1).status_code == 200
+def test_sigterm_finishes_what_was_taken_and_ends_in_order(tiny_bundle: Path, tmp_path: Path) -> None:
+    with serve(tiny_bundle, tmp_path / "home", max_batch=1) as server, ThreadPoolExecutor(8) as pool:
+        ask = lambda seed: server.images(prompt=PROMPT, seed=seed, steps=8, n=4, cache=False)  # noqa: E731
+        answers = [pool.submit(ask, 10 * k) for k in range(8)]
+        while sum(server.get("/v1/queue").json()["data"][0][kind] for kind in ("waiting", "running")) < 8:
+            assert not all(answer.done() for answer in answers), "they were done before there was anything to finish"
         server.process.send_signal(signal.SIGTERM)
+        assert [answer.result(60).status_code for answer in answers] == [200] * 8
         assert server.process.wait(30) == 0
     assert "Traceback" not in server.log.read_text()
+
+
+def test_lines_of_the_log_are_objects_that_tell_request_and_trace(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the configuration of docs/operations/service.md, but for the place where spans go."""
+    guide = (REPOSITORY / "docs" / "operations" / "service.md").read_text()
+    told = guide.partition("    version: 2\n")[2].partition("\n\n")[0]
+    config = tmp_path / "bentoml.yaml"
+    config.write_text(
+        textwrap.dedent("    version: 2\n" + told).replace(": otlp\n", ": in_memory\n").replace("0.1", "1")
+    )
+    monkeypatch.setenv("BENTOML_CONFIG", str(config))
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"x-request-id": "mine-1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    with serve(tiny_bundle, tmp_path / "home", log="json") as server:
+        body = {"prompt": PROMPT, "seed": 1, "steps": 1}
+        assert httpx.post(f"{server.url}/v1/images/generations", json=body, headers=headers).status_code == 200
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    assert any(line["message"].startswith("loaded tiny-sdxl") and "request_id" not in line for line in lines)
+    [drawn] = [line for line in lines if line.get("request_id") == "mine-1"]
+    assert (drawn["trace_id"], drawn["level"], drawn["logger"]) == (trace, "info", "service.answers")
+    assert PROMPT not in server.log.read_text()
