@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from service import metrics
 from service.edge import OPEN_PATHS
 from service.settings import PREFIX, Settings
 
-FOLDER = Path(__file__).parents[2] / "docs" / "operations"
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / "docs" / "operations"
 FILES = ("service.md", "service.alerts.yaml", "service.grafana.json", "service.kubernetes.yaml")
 
 
@@ -56,6 +58,29 @@ def test_every_metric_and_setting_that_is_named_exists(name: str) -> None:
     assert named and named <= samples()
     settings = {key.lower() for key in re.findall(rf"\b{PREFIX}([A-Z_]+)\b", text)}
     assert settings <= set(Settings.model_fields)
+
+
+def test_the_image_is_made_of_what_there_is_and_runs_without_rights() -> None:
+    text = (FOLDER / "service.Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
+    said = {word: [rest for found, rest in lines if found == word] for word, _ in lines}
+    copied = [source for rest in said["COPY"] if "--from" not in rest for source in rest.split()[:-1]]
+    ignored = (FOLDER / "service.Dockerfile.dockerignore").read_text().splitlines()
+    assert copied and all((REPOSITORY / source).exists() and f"!{source}" in ignored for source in copied)
+    given = dict(re.findall(r"(\w+)=(\S+)", said["ENV"][-1]))
+    Settings.from_env(given)
+    assert (
+        said["USER"] == ["leapfrog"]
+        and f"--uid {documents()['Deployment']['spec']['template']['spec']['securityContext']['runAsUser']} " in text
+    )
+    module, _, name = json.loads(said["CMD"][0])[2].partition(":")
+    assert f"{module}:{name}" in (REPOSITORY / "bentofile.yaml").read_text()
+    assert said["EXPOSE"] == ["3000"] and "0.0.0.0" in said["CMD"][0]
+    [probe] = re.findall(r"127\.0\.0\.1:3000(/\w+)", said["HEALTHCHECK"][0])
+    assert probe in OPEN_PATHS
+    extra = re.search(r"'\.\[(\w+)\]'", text)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert extra is not None and not any("torch" in need for need in project["optional-dependencies"][extra[1]])
 
 
 def test_expressions_use_labels_that_their_metrics_have() -> None:
