@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.objectives.methods import HOOKS
 from distill.parallel import checkpoint
 from distill.parallel.world import World
 
@@ -18,7 +19,24 @@ OBJECTIVES = {
     "gan": ["gan={}", "divergence={}", "step_aware_fake=true"],
     "adapters": ["adapters={rank: 4, alpha: 8}"],
     "mixed": ["adapters={rank: 4, alpha: 8, roles: [fake]}", "consistency={}"],
-}
+    "mixed, student": ["adapters={rank: 4, alpha: 8, roles: [student]}"],
+    "most hooks": [
+        "regression={pairs: 8, steps: 2}", "gan={r1: 0.1}", "divergence={}", "decoupled={}",
+        "reward_weighting={kappa: 0.1}", "reward_gradient={weight: 0.01}", "reward_tilt={beta: 0.01}",
+        "shared_teacher={}", "implicit_alignment={}", "segment_guidance={margin: 0.01}", "sub_interval={}",
+        "step_aware_fake=true", "consistency={}", "first_step_anchor={anchor: 1, steps: 2}", "sampler=deterministic",
+    ],
+    "the others": [
+        "policy_gradient={weight: 0.5}", "dynamic_renoising={}", "foundation_gan={features: REWARD}",
+        "advantage.when=student",
+    ],
+}  # fmt: skip
+"""Every hook and every layout."""
+
+
+def test_every_hook_is_killed_and_resumed() -> None:
+    named = {word.partition("=")[0] for words in OBJECTIVES.values() for word in words}
+    assert HOOKS.keys() - named == {"adaptation", "sharpening"}  # which the recipe has
 
 
 def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -30,7 +48,8 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_kill_and_resume_is_uninterrupted_bit_for_bit(
     ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str
 ) -> None:
-    overrides = [*OBJECTIVES[objective], "batch_size=8", "accumulate=1", "iterations=4"]
+    words = [word.replace("REWARD", f"{models}/digits-reward") for word in OBJECTIVES[objective]]
+    overrides = [*words, "batch_size=8", "accumulate=1", "iterations=4"]
     whole = jobs.distil(str(models), str(tmp_path / "whole"), overrides)
     with pytest.raises(AssertionError, match="ended"):
         ranks(1, jobs.killed, str(models), str(tmp_path / "parts"), overrides, "step")
