@@ -200,7 +200,7 @@ def service(tiny_bundle: Path, tiny_video_bundle: Path, tmp_path_factory: pytest
     import uvicorn
 
     from service import routes
-    from service.edge import Edge
+    from service.edge import Edge, RestorePath
     from service.encode import EncodePool
     from service.registry import Registry
     from service.settings import Settings
@@ -215,7 +215,9 @@ def service(tiny_bundle: Path, tiny_video_bundle: Path, tmp_path_factory: pytest
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(Edge(routes.build(hub), settings), "127.0.0.1", port, log_level="warning", ws="none")
+    config = uvicorn.Config(
+        Edge(RestorePath(routes.build(hub)), settings), "127.0.0.1", port, log_level="warning", ws="none"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -45,11 +45,11 @@ def score(name: str, clips: np.ndarray, truth: Any, extractor: Extractor, batch:
 
 
 def test_fvd_equals_the_closed_form_of_gaussians() -> None:
-    """|Δμ|² + Σ(σa − σb)² = 3·15² + 3·(12 − 7)² = 750."""
+    """In deviations of the reference: |Δμ|² + Σ(σa − σb)² = 3·(15/7)² + 3·(12/7 − 1)² = 750/49."""
     extractor = Extractor("pace", Pace(), "0")
     truth = Fixed(moving_levels(6000, 40, 7, seed=0))
     found = score("fvd", moving_levels(6000, 55, 12, seed=1), truth, extractor, 3000)
-    assert found.value == pytest.approx(750, rel=0.01) and found.ci[0] < 750 < found.ci[1]
+    assert found.value == pytest.approx(750 / 49, rel=0.02) and found.ci[0] < 750 / 49 < found.ci[1]
     assert found.per_sample_kind == "influence" and found.smallest_n == 256
 
 
@@ -81,14 +81,28 @@ def test_features_are_what_the_labeller_reads_its_answers_from(watched: Extracto
     np.testing.assert_allclose(answers, expected, atol=1e-4)
 
 
+class Standardised(nn.Module):
+    """The same features in deviations of those of given clips."""
+
+    def __init__(self, watched: Extractor, clips: np.ndarray) -> None:
+        super().__init__()
+        self.module = watched.network.module
+        features = torch.from_numpy(watched(clips))
+        self.mean, self.deviation = features.mean(0), features.std(0, correction=0)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return (self.module(clips) - self.mean) / torch.where(self.deviation == 0, 1, self.deviation)
+
+
 def test_fvd_and_kvd_equal_torch_fidelity_on_the_same_clips(watched: Extractor) -> None:
     from torch_fidelity import calculate_metrics
 
     ours, theirs = textures(120, 1, drift=1.0), textures(150, 2)
+    scored = Extractor("standardised", Standardised(watched, theirs), "0")
     expected = calculate_metrics(
         input1=Listed(ours),
         input2=Listed(theirs),
-        feature_extractor=watched.network.get_name(),
+        feature_extractor=scored.network.get_name(),
         fid=True,
         kid=True,
         kid_subset_size=120,

@@ -28,7 +28,7 @@ def test_shipped_gates_name_metrics_of_their_suites(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": [{"suite": "scenes-fid", "metric": "fod", "margin": 1}]}, "did you mean 'fid'"),
+        ({"scores": [{"suite": "scenes-fid", "metric": "fidd", "margin": 1}]}, "did you mean 'fid'"),
         ({"scores": [{"suite": "scenes-fit", "metric": "fid", "margin": 1}]}, "did you mean 'scenes-fid'"),
         ({"scores": [{"suite": "scenes-fid", "metric": "fid", "margin": 0}]}, "greater than 0"),
         ({"scores": [{"suite": "scenes-fid", "metric": "fid", "margn": 1}]}, "scores.0.margin"),
