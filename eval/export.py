@@ -11,6 +11,7 @@ Parquet. A file appears under its name only when it is whole. Exit codes: 0 writ
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -88,8 +89,7 @@ def write_json(path: Path, table: str, blocks: Iterable[list[Row]]) -> int:
 def write_parquet(path: Path, table: str, blocks: Iterable[list[Row]]) -> int:
     """A row group per block; returns the number of rows."""
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise EvalError(
             "Parquet needs pyarrow, which is not installed; pip install 'leapfrog[parquet]', or use --format json"

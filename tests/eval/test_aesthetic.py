@@ -77,14 +77,14 @@ def test_a_head_of_zeros_gives_its_bias_and_one_layer_is_a_dot_product(clip: nn.
     assert scored(flat, pictures()).per_sample == pytest.approx(5.5)
     shifted = head() | {"layers.4.bias": head()["layers.4.bias"] + 1}
     plain, more = (scored(Predictor(clip, layers_of(tensors)), pictures()) for tensors in (head(), shifted))
-    assert more.value == pytest.approx(plain.value + 1, abs=1e-5) and more.value > plain.value
+    assert more.value == pytest.approx(plain.value + 1, abs=1e-4) and more.value > plain.value
 
 
 def test_neither_order_nor_batches_nor_prompts_matter(clip: nn.Module) -> None:
     predictor, images = Predictor(clip, layers_of(head())), pictures()
     whole, single = scored(predictor, images), scored(predictor, images, batch=1)
-    assert whole.per_sample == pytest.approx(single.per_sample, abs=1e-5)
-    assert scored(predictor, images[::-1].copy()).value == pytest.approx(whole.value, abs=1e-5)
+    assert whole.per_sample == pytest.approx(single.per_sample, abs=1e-4)
+    assert scored(predictor, images[::-1].copy()).value == pytest.approx(whole.value, abs=1e-4)
 
 
 def test_weights_are_found_and_what_is_missing_is_named(clip: nn.Module, tmp_path: Path) -> None:
