@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.latency import processor
-from benchmarks.load import served_outcomes, start
 from benchmarks.load_client import post
+from benchmarks.load_servers import served_outcomes, start
 from distill.bundle import Bundle
 from service.encode import encode
 from service.runtimes import generate, open_runtime

@@ -1,96 +1,55 @@
-"""Load test: our service against servers with other policies, on the same model, runtime and trace, in one run.
+"""Load test: our service against servers with other policies, on the same model, runtime and traces, in one run.
 
     python -m benchmarks.load bundles/scenes-sdxl --seconds 60 --repeats 3
+    python -m benchmarks.load bundles/scenes-sdxl --traces mixed burst abuse tenants --recovery 600
 
-For every repeat and server it starts the server, measures each number of steps alone, then the throughput of a closed
-loop, and then sends the trace at every rate, in parts of the bare runtime's best rate. Goodput is the rate of answers
-within twice the solo latency of the fastest server, by number of steps. "ours, deadlines" sends that time as
-deadline_ms, which only ours knows. Every 20th picture is compared with the bare runtime's, byte for byte.
+For every repeat and server it starts the server, measures each kind of request alone, then the throughput of closed
+loops, and then sends traces open loop: the first at every rate, the others at one; rates are parts of the bare
+runtime's best rate. Goodput is the rate of answers within twice the solo latency of the fastest server, by number of
+steps. Every 20th answer is compared with the bare runtime's, byte for byte, and every request must be accounted for on
+both sides. --recovery sends twice the capacity to ours for that many seconds and looks at what comes after.
 
-Results go beside this file as JSON and as a page with plots.
+Client and servers get cores of their own where there are four or more. What is measured of the first requests to a
+server is thrown away. Results go beside this file as JSON and as a page with plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from benchmarks.latency import processor
-from benchmarks.load_client import Sent, replay, saturate
+from benchmarks.load_client import Sent, Target, replay, saturate
 from benchmarks.load_report import write_report
-from benchmarks.load_traces import TRACES, Arrival, make_trace
+from benchmarks.load_servers import KEYS, SERVERS, Running, Watch, served_outcomes, start
+from benchmarks.load_sums import agree, recovery, summarise, wrong_files
+from benchmarks.load_traces import TRACES, Arrival, Trace, make_trace
 from distill.bundle import Bundle
-from service.encode import encode
 from service.runtimes import Runtime, generate, open_runtime
 
-SERVERS = ("ours", "ours, deadlines", "batching", "serial")
 SLO = 2.0
 """Times the solo latency."""
-SOLO_REQUESTS = 7
-CHECK_EVERY = 20
-READY_S = 120.0
+SOLO_REQUESTS = 9
+WARM_REQUESTS = 2
+CALM, OVERLOAD = 0.5, 2.0
+"""Parts of capacity before, during and after an overload."""
+SETTLE_S = 10.0
+"""In which a server must have counted what its clients have seen."""
 
 
-@dataclass(frozen=True)
-class Running:
-    port: int
-    process: subprocess.Popen[bytes]
-
-
-@contextmanager
-def start(server: str, bundle: Path, threads: int, port: int) -> Iterator[Running]:
-    """One server in a process of its own, ready."""
-    with tempfile.TemporaryDirectory() as home:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LEAPFROG_")}
-        environment |= {"BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True", "LEAPFROG_THREADS": str(threads)}
-        environment |= {"LEAPFROG_BUNDLES": str(bundle.resolve())}
-        command = [sys.executable, "-m", "bentoml", "serve", "--port", str(port)]
-        if not server.startswith("ours"):
-            command = [sys.executable, "-m", "benchmarks.load_baselines", server, str(bundle)]
-            command += ["--port", str(port), "--threads", str(threads)]
-        log = Path(home) / "log"
-        with log.open("wb") as sink:
-            process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
-        try:
-            _wait_until_ready(port, process, log)
-            yield Running(port, process)
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-    raise SystemExit(f"a server did not become ready in {READY_S:.0f} s; its log:\n{log.read_text()[-3000:]}")
-
-
-def best_rate(runtime: Runtime, bundle: Bundle, steps: Sequence[int], seconds: float = 2.0) -> float:
-    """Pictures per second of the bare runtime in its best batches, for every number of steps equally often.
+def best_rate(runtime: Runtime, bundle: Bundle, works: Sequence[Arrival], seconds: float = 2.0) -> float:
+    """Answers per second of the bare runtime in its best batches, for every kind of request equally often.
 
     The time of one call after another in this process: text, steps at each batch size, decoding.
     """
@@ -100,86 +59,28 @@ def best_rate(runtime: Runtime, bundle: Bundle, steps: Sequence[int], seconds: f
         end = time.perf_counter() + seconds / len(runtime.capabilities.batch_sizes)
         while time.perf_counter() < end or not times:
             begun = time.perf_counter()
-            for count in steps:
-                generate(runtime, bundle.manifest, ["a red cube"] * size, range(size), count)
-            times.append((time.perf_counter() - begun) / (size * len(steps)))
+            for work in works:
+                prompts = ["a red cube"] * size
+                generate(runtime, bundle.manifest, prompts, range(size), work.steps, frames=work.frames or None)
+            times.append((time.perf_counter() - begun) / (size * len(works)))
         best = min(best, median(times))
     return 1.0 / best
 
 
-def solo_ms(port: int, steps: Sequence[int]) -> dict[int, float]:
-    """Median latency of one client that waits for every answer, by number of steps."""
+def solo_ms(target: Target, works: Sequence[Arrival]) -> dict[str, float]:
+    """Median latency of one client that waits for every answer, by kind of request."""
+    simple = replace(target, ours=False)
 
-    async def measure(count: int) -> float:
+    async def measure(work: Arrival) -> float:
         times = []
         for seed in range(SOLO_REQUESTS):
-            (sent,) = await replay(port, [Arrival(0.0, f"a red cube {seed}", seed, count)])
+            (sent,) = await replay(simple, [replace(work, prompt=f"a red cube {seed}", seed=seed)])
+            if sent.outcome != "ok":
+                raise SystemExit(f"a server answered a request that came alone with {sent.outcome}; see its log")
             times.append(sent.latency_ms)
-        return median(times[1:])
+        return median(times[WARM_REQUESTS:])
 
-    return {count: asyncio.run(measure(count)) for count in steps}
-
-
-def summarise(sent: Sequence[Sent], seconds: float, slo_ms: Mapping[int, float]) -> dict[str, Any]:
-    """One run of one trace: counts by outcome, latencies of what was answered, goodput and errors of the ETA."""
-    pictures = [s for s in sent if s.outcome == "ok"]
-    good = [s for s in pictures if s.latency_ms <= slo_ms[s.arrival.steps]]
-    outcomes = Counter(s.outcome for s in sent)
-    result: dict[str, Any] = {
-        "sent": len(sent),
-        **{name: outcomes[name] for name in ("ok", "rejected", "deadline", "invalid", "disconnected", "failed")},
-        "throughput": round(len(pictures) / seconds, 3),
-        "goodput": round(len(good) / seconds, 3),
-        "in_time": round(len(good) / max(1, sum(s.arrival.kind == "picture" for s in sent)), 4),
-        "latency_ms": quantiles([s.latency_ms for s in pictures]),
-        "latency_ms_by_steps": {
-            str(count): quantiles([s.latency_ms for s in pictures if s.arrival.steps == count])
-            for count in sorted(slo_ms)
-        },
-        "client_late_ms": quantiles([s.late_ms for s in sent]),
-    }
-    errors = [abs(s.eta_ms - s.latency_ms) / s.latency_ms for s in pictures if s.eta_ms is not None]
-    if errors:
-        result["eta_error"] = {"n": len(errors), "p50": _quantile(errors, 50), "p90": _quantile(errors, 90)}
-    if queues := [s.metrics["queue_ms"] for s in pictures if s.metrics]:
-        result["queue_ms"] = quantiles(queues)
-    return result
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {
-        "p50": _quantile(values, 50),
-        "p90": _quantile(values, 90),
-        "p99": _quantile(values, 99),
-        "max": max(values),
-    }
-
-
-def _quantile(values: Sequence[float], percent: float) -> float:
-    return round(float(np.percentile(values, percent)), 3)
-
-
-def wrong_pictures(sent: Sequence[Sent], runtime: Runtime, bundle: Bundle) -> tuple[int, int]:
-    """(compared, different): every 20th picture against the same one made alone, byte for byte."""
-    chosen = [s for s in sent if s.b64_json is not None][::CHECK_EVERY]
-    different = 0
-    for s in chosen:
-        alone = generate(runtime, bundle.manifest, [s.arrival.prompt], [s.arrival.seed], s.arrival.steps)[0]
-        different += base64.b64decode(s.b64_json or "") != encode(alone, "png")
-    return len(chosen), different
-
-
-def served_outcomes(port: int) -> dict[str, float]:
-    """What the server counted, by outcome."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    counts: Counter[str] = Counter()
-    for line in lines:
-        if line.startswith("leapfrog_requests_total{"):
-            counts[line.partition('outcome="')[2].partition('"')[0]] += float(line.rsplit(" ", 1)[1])  # type: ignore[assignment]
-    return dict(counts)
+    return {work.work: asyncio.run(measure(work)) for work in works}
 
 
 class Run:
@@ -188,96 +89,167 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.bundle = Bundle.open(options.bundle)
-        self.steps = sorted(count for count in self.bundle.manifest.samplers if count <= 8)
-        self.runtime = open_runtime(self.bundle, threads=options.threads, max_batch=8)
-        self.capacity = best_rate(self.runtime, self.bundle, self.steps)
-        self.solo: dict[str, dict[int, float]] = {}
-        self.saturation: dict[str, list[float]] = {}
-        self.sent: dict[tuple[str, float], list[list[Sent]]] = {}
+        manifest = self.bundle.manifest
+        self.steps = sorted(count for count in manifest.samplers if count <= 8)
+        self.frames = sorted(manifest.frames) or [0]
+        self.works = [Arrival(0.0, "", 0, count, frames=n) for count in self.steps for n in self.frames]
+        self.client_cores, self.server_cores = divide(sorted(os.sched_getaffinity(0)))
+        threads = options.threads or len(self.server_cores)
+        self.threads = threads
+        self.runtime = open_runtime(self.bundle, threads=threads, max_batch=8)
+        self.capacity = best_rate(self.runtime, self.bundle, self.works, seconds=8.0)
+        os.sched_setaffinity(0, self.client_cores)
+        self.keys = KEYS if "tenants" in options.traces else ()
+        self.solo: dict[str, dict[str, float]] = {}
+        self.saturation: dict[str, dict[str, list[float]]] = {}
+        self.runs: dict[tuple[Trace, str, float], list[dict[str, Any]]] = {}
+        self.sent: dict[tuple[Trace, str, float], list[list[Sent]]] = {}
         self.metrics_agree: list[bool] = []
+        self.recovered: dict[str, Any] | None = None
         self.port = options.port
 
-    def server(self, name: str) -> None:
+    def server(self, name: str, repeat: int) -> None:
         """Everything that is measured of one start of one server. Solo latencies of all come before any deadline."""
-        options = self.options
-        with start(name, options.bundle, options.threads, self.port) as running:
+        with self.started(name) as running:
             self.say(f"{name}: alone")
-            alone = solo_ms(running.port, self.steps)
+            alone = solo_ms(running.target, self.works)
             kept = self.solo.setdefault(name, alone)
-            self.solo[name] = {count: min(kept[count], alone[count]) for count in self.steps}
-            self.say(f"{name}: closed loop")
-            closed = make_trace("mixed", self.capacity * 4, options.seconds, self.steps)
-            rate = asyncio.run(saturate(running.port, closed, 16, min(10.0, options.seconds)))
-            self.saturation.setdefault(name, []).append(round(rate, 3))
-            for part in options.rates:
-                self.say(f"{name}: {options.trace} at {part:g} of {self.capacity:.1f} per second")
-                arrivals = make_trace(options.trace, part * self.capacity, options.seconds, self.steps)
-                before = served_outcomes(running.port) if name.startswith("ours") else {}
-                deadline = (lambda count: round(self.slo_ms[count])) if name == "ours, deadlines" else None
-                sent = asyncio.run(
-                    replay(running.port, arrivals, deadline_ms=deadline, estimates=name.startswith("ours"))
-                )
-                if before or name.startswith("ours"):
-                    self.metrics_agree.append(_agree(sent, before, served_outcomes(running.port)))
-                self.sent.setdefault((name, part), []).append(sent)
-                time.sleep(1.0)
+            self.solo[name] = {work: min(kept[work], alone[work]) for work in alone}
+            for clients in self.options.clients:
+                self.say(f"{name}: {clients} clients that never wait")
+                seconds = min(10.0, self.options.seconds)
+                closed = self.trace("mixed", self.capacity * 4, seconds, repeat)
+                rate = asyncio.run(saturate(running.target, closed, clients, seconds))
+                self.saturation.setdefault(name, {}).setdefault(str(clients), []).append(round(rate, 3))
+            for trace, rates in self.plan().items():
+                for part in rates:
+                    self.say(f"{name}: {trace} at {part:g} of {self.capacity:.1f} per second")
+                    arrivals = self.trace(trace, part * self.capacity, self.options.seconds, repeat)
+                    self.open_loop(running, name, trace, part, arrivals)
+
+    def plan(self) -> dict[Trace, list[float]]:
+        """Rates by trace: the first trace at all of them."""
+        first, *others = self.options.traces
+        return {first: self.options.rates, **{trace: [self.options.at] for trace in others}}
+
+    def trace(self, name: Trace, rate: float, seconds: float, repeat: int) -> list[Arrival]:
+        return make_trace(name, rate, seconds, self.steps, seed=repeat, frames=self.frames)
+
+    def started(self, name: str) -> Any:
+        """A server on a port of its own."""
         self.port += 1
+        cores = self.server_cores if self.server_cores != self.client_cores else ()
+        return start(name, self.options.bundle, self.threads, self.port, keys=self.keys, cores=cores)
+
+    def open_loop(self, running: Running, name: str, trace: Trace, part: float, arrivals: Sequence[Arrival]) -> None:
+        target = running.target
+        deadline = (lambda work: self.slo_ms[work]) if name == "ours, deadlines" else None
+        before, client_cpu = served_outcomes(target.port) if target.ours else {}, time.process_time()
+        with Watch(running) as watch:
+            sent = asyncio.run(replay(target, arrivals, deadline_ms=deadline))
+        seconds = max(self.options.seconds, watch.samples[-1].at - watch.samples[0].at)
+        usage = {
+            "server_cores_busy": round(watch.cpu_s / seconds, 3),
+            "client_cores_busy": round((time.process_time() - client_cpu) / seconds, 3),
+            "memory_mb": round(max(sample.rss_mb for sample in watch.samples), 1),
+        }
+        if target.ours:
+            self.metrics_agree.append(settled(sent, before, target.port))
+        self.sent.setdefault((trace, name, part), []).append(sent)
+        self.runs.setdefault((trace, name, part), []).append(usage)
+
+    def overload(self) -> None:
+        """Ours at twice the capacity, between two calm times."""
+        over_s = self.options.recovery
+        calm_s = min(60.0, max(over_s / 4, min(over_s, 20.0)))
+        self.say(f"ours: {over_s:g} s at {OVERLOAD:g} of {self.capacity:.1f} per second, {calm_s:g} s before and after")
+        pieces = [(CALM, 0.0, calm_s), (OVERLOAD, calm_s, over_s), (CALM, calm_s + over_s, calm_s)]
+        arrivals = [
+            replace(arrival, at=begin + arrival.at)
+            for number, (part, begin, seconds) in enumerate(pieces)
+            for arrival in self.trace(self.options.traces[0], part * self.capacity, seconds, number)
+        ]
+        with self.started("ours") as running:
+            solo_ms(running.target, self.works)  # warm
+            before = served_outcomes(running.target.port)
+            with Watch(running) as watch:
+                begun = time.perf_counter()
+                sent = asyncio.run(replay(running.target, arrivals))
+            agreed = settled(sent, before, running.target.port)
+        self.metrics_agree.append(agreed)
+        compared, different = wrong_files(sent, self.runtime, self.bundle)
+        self.recovered = {
+            **recovery(sent, watch.samples, begun, calm_s, over_s),
+            **{
+                key: summarise(sent, 2 * calm_s + over_s, self.slo_ms)[key]
+                for key in ("sent", "ok", "rejected", "failed")
+            },
+            "metrics_agree": agreed,
+            "compared": compared,
+            "different": different,
+        }
 
     @property
-    def slo_ms(self) -> dict[int, float]:
-        return {count: SLO * min(alone[count] for alone in self.solo.values()) for count in self.steps}
+    def slo_ms(self) -> dict[str, float]:
+        return {work.work: SLO * min(alone[work.work] for alone in self.solo.values()) for work in self.works}
 
     def result(self) -> dict[str, Any]:
         options = self.options
         rows, compared, different = [], 0, 0
-        for (name, part), repeats in self.sent.items():
+        for (trace, name, part), repeats in self.sent.items():
             for sent in repeats:
-                checked, wrong = wrong_pictures(sent, self.runtime, self.bundle)
+                checked, wrong = wrong_files(sent, self.runtime, self.bundle)
                 compared, different = compared + checked, different + wrong
-            runs = [summarise(sent, options.seconds, self.slo_ms) for sent in repeats]
+            usages = self.runs[trace, name, part]
+            runs = [
+                summarise(sent, options.seconds, self.slo_ms) | usage
+                for sent, usage in zip(repeats, usages, strict=True)
+            ]
             goodput = [run["goodput"] for run in runs]
-            rows.append(
-                {
-                    "server": name,
-                    "rate": part,
-                    "goodput": median(goodput),
-                    "goodput_spread": [min(goodput), max(goodput)],
-                    "runs": runs,
-                }
-            )
+            spread = {"goodput": median(goodput), "goodput_spread": [min(goodput), max(goodput)]}
+            rows.append({"trace": trace, "server": name, "rate": part, **spread, "runs": runs})
         return {
             "bundle": self.bundle.manifest.name,
             "digest": self.bundle.digest,
-            "trace": options.trace,
+            "runtime": self.runtime.capabilities.runtime,
+            "traces": options.traces,
             "seconds": options.seconds,
             "repeats": options.repeats,
-            "threads": options.threads,
+            "threads": self.threads,
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": {"client": self.client_cores, "servers": self.server_cores},
             "load_average": os.getloadavg(),
+            "command": " ".join(["python -m benchmarks.load", *sys.argv[1:]]),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in ("bentoml", "fastapi", "onnxruntime", "numpy", "uvicorn")},
             "revision": _revision(),
             "capacity_per_s": round(self.capacity, 3),
-            "solo_ms": {name: {str(k): round(v, 2) for k, v in alone.items()} for name, alone in self.solo.items()},
-            "slo_ms": {str(k): round(v, 2) for k, v in self.slo_ms.items()},
+            "solo_ms": {name: {k: round(v, 2) for k, v in alone.items()} for name, alone in self.solo.items()},
+            "slo_ms": {k: round(v, 2) for k, v in self.slo_ms.items()},
             "saturation_per_s": self.saturation,
             "rows": rows,
-            "pictures_compared": compared,
-            "pictures_different": different,
+            "compared": compared,
+            "different": different,
             "metrics_agree": all(self.metrics_agree),
+            "recovery": self.recovered,
         }
 
     @staticmethod
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-def _agree(sent: Sequence[Sent], before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether the server counted what the clients saw. Oversized bodies never reach the counter of pictures."""
-    grown = {name: after.get(name, 0) - before.get(name, 0) for name in after}
-    seen = Counter(s.outcome for s in sent if s.arrival.kind != "oversize")
-    return all(grown.get(name, 0) == seen[name] for name in ("ok", "rejected", "deadline", "invalid"))
+def settled(sent: Sequence[Sent], before: dict[str, float], port: int) -> bool:
+    """Whether the server's counts agree with the clients' before long: it sees later than they do that they left."""
+    end = time.monotonic() + SETTLE_S
+    while not (agreed := agree(sent, before, served_outcomes(port))) and time.monotonic() < end:
+        time.sleep(0.2)
+    return agreed
+
+
+def divide(cores: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Cores of the client and of the servers: the same ones where there are fewer than four."""
+    return (list(cores[-1:]), list(cores[:-1])) if len(cores) >= 4 else (list(cores), list(cores))
 
 
 def _revision() -> str:
@@ -285,28 +257,52 @@ def _revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def main() -> None:
-    here = Path(__file__).parent
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
         description="Goodput and latency under load: our service against other policies.",
-        epilog="example: python -m benchmarks.load bundles/scenes-sdxl --trace mixed --seconds 60 --repeats 3",
+        epilog="example: python -m benchmarks.load bundles/scenes-sdxl --traces mixed burst --seconds 60 --repeats 3",
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--trace", choices=TRACES, default="mixed")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each trace")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.6, 0.8, 1.0, 1.2], help="parts of capacity")
-    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of one graph run")
-    parser.add_argument("--port", type=int, default=3100, help="the first of several")
-    parser.add_argument("--out", type=Path, default=here / "results" / "load.json")
-    options = parser.parse_args()
+    parser.add_argument("--traces", nargs="+", choices=TRACES, help="default: mixed; of a bundle of videos: video")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each trace; default: %(default)g")
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.6, 0.8, 1.0, 1.2],
+        help="of the first trace, parts of capacity",
+    )
+    parser.add_argument("--at", type=float, default=0.8, help="rate of the other traces; default: %(default)g")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="of closed loops; default: 1 4 16")
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, help="default: all")
+    parser.add_argument("--recovery", type=float, default=0.0, help="seconds of an overload of ours; default: none")
+    parser.add_argument("--threads", type=int, help="of one graph run; default: the servers' cores")
+    parser.add_argument("--port", type=int, default=3100, help="the first of several; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load.json")
+    options = parser.parse_args(arguments)
+    films = bool(Bundle.open(options.bundle).manifest.frames)
+    options.traces = list(dict.fromkeys(options.traces or ["video" if films else "mixed"]))
+    if films != (options.traces == ["video"]) or ("video" in options.traces and not films):
+        kind, fits = ("videos", "video") if films else ("pictures", "any other trace")
+        parser.error(f"--traces is {' '.join(options.traces)} and {options.bundle} makes {kind}; give {fits}")
+    able = [name for name in SERVERS if not films or name not in ("naive", "adaptive")]
+    options.servers = options.servers or able
+    if missing := [name for name in options.servers if name not in able]:
+        parser.error(f"--servers has {missing[0]}, which makes no videos; give some of {', '.join(able)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     run = Run(options)
     # Those that send deadlines come last: they need everybody's solo latency.
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
         for name in sorted(options.servers, key=lambda name: name == "ours, deadlines"):
-            run.server(name)
+            run.server(name, repeat)
+    if options.recovery:
+        run.overload()
     for path in write_report(run.result(), options.out):
         print(f"wrote {path}")
 

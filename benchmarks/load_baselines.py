@@ -6,7 +6,8 @@ serial: one request at a time behind a lock, as FastVideo's and LightX2V's serve
 batching: request-level dynamic batching, as in sglang's ``--batching-mode dynamic``: requests with the same number of
 steps that wait together run together from the first to the last step; nobody joins or leaves in between.
 
-Both have a bounded queue and give up requests whose client has left before they begin.
+Both have a bounded queue and give up requests whose client has left before they begin. A bundle of videos answers
+with clips, as ours does at /v1/videos/sync.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from benchmarks.load_client import PICTURES, VIDEOS
+from benchmarks.load_sums import file_of
 from distill.bundle import Bundle
-from service.encode import encode
 from service.runtimes import Runtime, generate, open_runtime
 from service.runtimes.base import Images
 
@@ -43,7 +45,11 @@ class Waiting:
     prompt: str
     seed: int
     steps: int
+    frames: int
+    """Of a clip; 0: a picture."""
     result: asyncio.Future[Images]
+    arrived: float = field(default_factory=time.perf_counter)
+    begun: float = 0.0
 
 
 class Server:
@@ -80,9 +86,10 @@ class Server:
                     request.result.set_result(picture)
 
     def take(self) -> list[Waiting]:
-        """The oldest request and those after it with as many steps."""
+        """The oldest request and those after it with as many steps and frames."""
         alive = [request for request in self.queue if not request.result.done()]
-        batch = [request for request in alive if request.steps == alive[0].steps][: self.max_batch]
+        alike = [request for request in alive if (request.steps, request.frames) == (alive[0].steps, alive[0].frames)]
+        batch = alike[: self.max_batch]
         self.queue = deque(request for request in alive if request not in batch)
         if not self.queue:
             self.arrived.clear()
@@ -90,25 +97,33 @@ class Server:
 
     def compute(self, batch: list[Waiting]) -> Images:
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-        return generate(self.runtime, self.manifest, prompts, seeds, batch[0].steps)
+        for request in batch:
+            request.begun = time.perf_counter()
+        return generate(self.runtime, self.manifest, prompts, seeds, batch[0].steps, frames=batch[0].frames or None)
 
-    async def answer(self, request: Request) -> JSONResponse:
+    async def answer(self, request: Request) -> Response:
         asked = await request.json()
         if len(self.queue) >= self.max_queue:
             return JSONResponse({"error": {"code": "queue_full"}}, 429)
         if not 0 < len(asked["prompt"]) <= LARGEST_PROMPT:
             return JSONResponse({"error": {"code": "invalid_value"}}, 400)
         loop = asyncio.get_running_loop()
-        waiting = Waiting(asked["prompt"], asked["seed"], asked["steps"], loop.create_future())
+        frames = asked.get("num_frames", 0)
+        waiting = Waiting(asked["prompt"], asked["seed"], asked["steps"], frames, loop.create_future())
         self.queue.append(waiting)
         self.arrived.set()
         while not (await asyncio.wait({waiting.result}, timeout=0.05))[0]:
             if await request.is_disconnected():
                 waiting.result.cancel()
                 return JSONResponse({}, 408)
-        data = await loop.run_in_executor(self.encoders, encode, np.asarray(waiting.result.result()), "png")
+        data = await loop.run_in_executor(self.encoders, file_of, waiting.result.result(), self.manifest)
+        queue_ms = (waiting.begun - waiting.arrived) * 1e3
+        total_ms = (time.perf_counter() - waiting.arrived) * 1e3
+        if frames:
+            timing = f"queue;dur={queue_ms:.1f}, total;dur={total_ms:.1f}"
+            return Response(data, media_type="video/mp4", headers={"server-timing": timing})
         item = {"b64_json": base64.b64encode(data).decode("ascii"), "seed": waiting.seed}
-        return JSONResponse({"data": [item]})
+        return JSONResponse({"data": [item], "metrics": {"queue_ms": queue_ms, "total_ms": total_ms}})
 
 
 def build(bundle: Bundle, policy: Policy, *, threads: int, max_batch: int = 8, max_queue: int = 64) -> FastAPI:
@@ -124,8 +139,8 @@ def build(bundle: Bundle, policy: Policy, *, threads: int, max_batch: int = 8, m
 
     web = FastAPI(lifespan=lifespan)
 
-    @web.post("/v1/images/generations")
-    async def generations(request: Request) -> JSONResponse:
+    @web.post(VIDEOS if bundle.manifest.frames else PICTURES)
+    async def generations(request: Request) -> Response:
         server: Server = request.app.state.server
         return await server.answer(request)
 

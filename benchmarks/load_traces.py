@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Trace = Literal["single", "mixed", "burst", "ragged", "repeat", "abuse"]
+Trace = Literal["mixed", "single", "burst", "ragged", "repeat", "abuse", "tenants", "video"]
 TRACES: tuple[Trace, ...] = get_args(Trace)
-Kind = Literal["picture", "disconnect", "invalid", "oversize"]
+Kind = Literal["ordinary", "disconnect", "cancel", "invalid", "oversize"]
 
 WORDS = ("small", "large", "red", "blue", "green", "metal", "rubber", "sphere", "cube", "cylinder", "left", "of")
 BURST_S = 2.0
 """A burst lasts this long and so does the silence after it; the mean rate is the rate asked for."""
 REPEATED = 50
 """Different requests of the trace "repeat"; the k-th is asked for in proportion to 1/k."""
+ABUSE: dict[Kind, float] = {"disconnect": 0.05, "cancel": 0.01, "invalid": 0.02, "oversize": 0.02}
+TENANTS = (0.7, 0.1, 0.1, 0.1)
+"""Parts of the requests by API key in the trace "tenants": one asks for most."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,27 @@ class Arrival:
     seed: int
     steps: int
     cache: bool = False
-    kind: Kind = "picture"
+    kind: Kind = "ordinary"
+    key: int = 0
+    """Whose it is: a place in TENANTS."""
+    frames: int = 0
+    """Of a clip; 0: a picture."""
+
+    @property
+    def work(self) -> str:
+        """Requests with the same work take equally long: "4" steps, or "4x17" steps and frames."""
+        return f"{self.steps}x{self.frames}" if self.frames else str(self.steps)
 
 
-def make_trace(name: Trace, rate: float, seconds: float, steps: Sequence[int], seed: int = 0) -> list[Arrival]:
+def make_trace(
+    name: Trace, rate: float, seconds: float, steps: Sequence[int], seed: int = 0, frames: Sequence[int] = (0,)
+) -> list[Arrival]:
     """Poisson arrivals at ``rate`` per second.
 
-    single: the largest number of steps; mixed: every number of steps equally often; burst: mixed, on and off; ragged:
-    prompts of 1 to 40 words; repeat: few different requests that may come from a cache; abuse: mixed with 5 % clients
-    that leave, 2 % invalid and 2 % oversized requests.
+    mixed: every number of steps (and of frames) equally often; single: the largest number of steps; burst: mixed, on
+    and off; ragged: prompts of 1 to 40 words; repeat: few different requests that may come from a cache; abuse: mixed
+    with 5 % clients that leave, 1 % that cancel, 2 % invalid and 2 % oversized requests; tenants: mixed of four API
+    keys, of which one sends 70 %; video: mixed, for a bundle of videos.
     """
     dice = random.Random(f"{name} {seed}")
     arrivals, now = [], 0.0
@@ -48,7 +63,10 @@ def make_trace(name: Trace, rate: float, seconds: float, steps: Sequence[int], s
         count = max(steps) if name == "single" else dice.choice(list(steps))
         words = dice.randint(1, 40) if name == "ragged" else 6
         prompt = " ".join(["a", *(dice.choice(WORDS) for _ in range(words))])
-        arrival = Arrival(at, prompt, dice.randrange(2**32), count, kind=_kind(dice) if name == "abuse" else "picture")
+        kind = _kind(dice) if name == "abuse" else "ordinary"
+        key = dice.choices(range(len(TENANTS)), TENANTS)[0] if name == "tenants" else 0
+        length = dice.choice(list(frames))
+        arrival = Arrival(at, prompt, dice.randrange(2**32), count, kind=kind, key=key, frames=length)
         if name == "repeat":
             k = dice.choices(range(REPEATED), [1 / (k + 1) for k in range(REPEATED)])[0]
             arrival = Arrival(at, f"a {WORDS[k % len(WORDS)]} cube", k, steps[k % len(steps)], cache=True)
@@ -63,7 +81,5 @@ def _in_bursts(now: float) -> float:
 
 
 def _kind(dice: random.Random) -> Kind:
-    draw = dice.random()
-    if draw < 0.05:
-        return "disconnect"
-    return "invalid" if draw < 0.07 else "oversize" if draw < 0.09 else "picture"
+    kinds: list[Kind] = ["ordinary", *ABUSE]
+    return dice.choices(kinds, [1 - sum(ABUSE.values()), *ABUSE.values()])[0]
