@@ -101,7 +101,7 @@ class TorchRuntime(GraphRuntime):
         weights = self._weights(worn, loras)
         for layer, own in self._own.items():
             self._layers[layer].weight.data = own
-        self._own = {layer: cast(Tensor, self._layers[layer].weight.data) for layer in weights}
+        self._own = {layer: self._layers[layer].weight.data for layer in weights}
         for layer, weight in weights.items():
             self._layers[layer].weight.data = weight
         self._worn = worn
@@ -116,7 +116,7 @@ class TorchRuntime(GraphRuntime):
         merged: dict[str, Tensor] = {}
         for lora, scale in loras:
             for layer, (down, up, alpha) in lora.factors.items():
-                own = self._own[layer] if layer in self._own else cast(Tensor, self._layers[layer].weight.data)
+                own = self._own.get(layer, self._layers[layer].weight.data)
                 product = up.to(own.device).flatten(1) @ down.to(own.device).flatten(1)
                 merged[layer] = merged.get(layer, own) + scale * alpha * product.reshape(own.shape)
         self._merged.put(worn, merged, sum(weight.nbytes for weight in merged.values()))
