@@ -119,6 +119,7 @@ def main() -> None:
         "service": time_service(bundle, options.steps, options.requests),
     }
     result["ratio_p50"] = round(result["service"]["p50_ms"] / result["runtime"]["p50_ms"], 3)
+    result["overhead_p50_ms"] = round(result["service"]["p50_ms"] - result["runtime"]["p50_ms"], 2)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
