@@ -83,10 +83,14 @@ def explicit_attention(network: Any) -> Any:
     on the meta device, where large models are planned.
     """
     weightless = any(p.is_meta for p in network.parameters())
-    if not torch.cuda.is_available() and not weightless:
-        for module in network.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(AttnProcessor())
+    if torch.cuda.is_available() or weightless:
+        return network
+    attentions = [module for module in network.modules() if hasattr(module, "set_processor")]
+    if any(hasattr(module.processor, "_attention_backend") for module in attentions):
+        network.set_attention_backend("_native_math")
+    else:
+        for module in attentions:
+            module.set_processor(AttnProcessor())
     return network
 
 

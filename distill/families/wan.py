@@ -35,6 +35,7 @@ from distill.families.parts import (
     Remembered,
     check_size,
     decoded,
+    explicit_attention,
     same_precision,
     scene_preview,
     without_float16,
@@ -139,7 +140,7 @@ class Wan(Parts):
             fps=fps,
             patch=network.config.patch_size[2],
         )
-        return family, same_precision(network)
+        return family, explicit_attention(same_precision(network))
 
     @classmethod
     def from_config(
@@ -162,24 +163,23 @@ class Wan(Parts):
             frames=frames,
             patch=network.config.patch_size[2],
         )
-        return family, same_precision(network)
+        return family, explicit_attention(same_precision(network))
 
     def new_network(self) -> Any:
         if self.transformer is None:
             raise ValueError("this family was loaded from a folder, which has its network; give the teacher's folder")
         sizes, channels = self.transformer, int(self.vae.config.z_dim)
-        return same_precision(
-            WanTransformer3DModel(
-                patch_size=(1, self.patch, self.patch),
-                num_attention_heads=sizes.heads,
-                attention_head_dim=sizes.width // sizes.heads,
-                in_channels=channels,
-                out_channels=channels,
-                text_dim=self.text_encoder.config.d_model,
-                ffn_dim=sizes.feed_forward,
-                num_layers=sizes.layers,
-            )
+        network = WanTransformer3DModel(
+            patch_size=(1, self.patch, self.patch),
+            num_attention_heads=sizes.heads,
+            attention_head_dim=sizes.width // sizes.heads,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=self.text_encoder.config.d_model,
+            ffn_dim=sizes.feed_forward,
+            num_layers=sizes.layers,
         )
+        return explicit_attention(same_precision(network))
 
     def predict(
         self, network: Any, x_t: Tensor, t: Tensor, condition: Condition, *, taps: Sequence[str] = ()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from distill.config import FileData, RecipeError, SceneData
+from distill.data import cache
 from distill.data.world import HELD_OUT
 from distill.tasks.samples import LabelSamples, SceneSamples, samples_for
 
@@ -60,3 +64,35 @@ def test_labels_are_drawn_alike_and_have_no_pictures() -> None:
     assert samples.preview_conditions() == [0, 125, 250, 375, 500, 625, 750, 875]
     with pytest.raises(ValueError, match="data: labels has no pictures, which gan and the like need"):
         samples.batch(0, 0, 4)
+
+
+def test_latents_are_encoded_again_for_another_encoder_and_not_for_another_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "CACHE", tmp_path)
+    vae: Any = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, latent_channels=4)
+
+    class Family:
+        vae: Any
+        device = torch.device("cpu")
+
+        def latent_shape(self) -> tuple[int, ...]:
+            return (4, 16, 16)
+
+        def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+            return vae.encode(images).latent_dist.mode().detach()
+
+    family = Family()
+    family.vae = vae
+
+    def files() -> int:
+        SceneSamples(SceneData(count=4, size=16), 0, family).batch(0, 0, 2)
+        return len(list(tmp_path.glob("latents-*")))
+
+    assert files() == 1
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.add_(1.0)
+    assert files() == 1
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.add_(1.0)
+    assert files() == 2
