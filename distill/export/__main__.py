@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="loop: number of steps (default: the bundle's own)")
     parser.add_argument("--out", type=Path, help="diffusers, lora, comfyui: the new folder; loop: the new file")
-    parser.add_argument("--rank", type=int, help="lora: its rank (default: 64); comfyui: a LoRA, not a checkpoint")
+    parser.add_argument("--rank", type=int, help="lora: its rank (default: its training's, or 64); comfyui: a LoRA")
     parser.add_argument("--teacher", help="lora: what the student was distilled from (default: as the bundle says)")
     parser.add_argument("--run", type=Path, help="folder of the training run, for its cost (default: runs/NAME)")
     options = parser.parse_args(arguments)
@@ -97,7 +97,7 @@ def _dry_run(path: str) -> int:
 
     bundle = Bundle.open(path)
     specs = load_graphs(bundle.path, bundle.manifest)
-    print("\n".join(report(estimate(name, spec.module) for name, spec in specs.items())))
+    print("\n".join(report(estimate(name, spec.module, shared=True) for name, spec in specs.items())))
     return 0
 
 

@@ -1,22 +1,28 @@
 """A student as a LoRA of its teacher: the difference of their weights in factors, for diffusers or for ComfyUI.
 
 W_student ≈ W_teacher + B·A with A, B the first ``rank`` singular directions of the difference, each carrying √σ, and
-alpha = rank, so that nothing scales it. A student that was trained as a LoRA of that rank is found again, up to what
-float16 rounds away. Of a fully trained one the strongest directions stay, and norms, biases and embeddings, which have
-no factors, are left behind: ``Fidelity`` says how much, and the model card repeats it.
+alpha = rank, so that nothing scales it. A student that was trained as a LoRA has it in its bundle, and that one is
+taken: merged into weights of float16 it would lose what is small beside them. Of a fully trained one the strongest
+directions stay, and norms, biases and embeddings, which have no factors, are left behind: ``Fidelity`` says how much,
+and the model card repeats it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.export.names import comfyui_module
+from distill.roles import ADAPTER
 
+RANK = 64
+"""Of a LoRA of a fully trained student, unless another one is asked for."""
 EXACT_SIDE = 256
 """Matrices with no side beyond this are decomposed exactly, larger ones by random projections."""
 
@@ -37,6 +43,10 @@ class Factors:
         return self.up.flatten(1) @ self.down.flatten(1)
 
 
+Lora = dict[str, Factors]
+"""Factors by the names of the layers that they change."""
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How well the factors stand for the difference of student and teacher.
@@ -53,6 +63,43 @@ class Fidelity:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def lora_of(folder: Path, student: nn.Module, teacher: nn.Module, rank: int | None) -> tuple[Lora, Fidelity]:
+    """The LoRA of the bundle in ``folder``: its own where it was trained as one, cut to ``rank`` where that is less.
+
+    rank: None is its own, or 64. Raises ValueError if student and teacher do not differ or do not belong together.
+    """
+    own = kept(folder)
+    if not own:
+        return extract(student, teacher, rank or RANK)
+    trained = max(factors.rank for factors in own.values())
+    if rank is None or rank >= trained:
+        return own, Fidelity(trained, len(own), 1.0, 0.0)
+    less = {name: factorise(f.product().reshape(len(f.up), *f.down.shape[1:]), rank) for name, f in own.items()}
+    lost, whole = 0.0, 0.0
+    for name, factors in own.items():
+        whole += float(factors.product().double().pow(2).sum())
+        lost += float((factors.product() - less[name].product()).double().pow(2).sum())
+    return less, Fidelity(rank, len(less), 1 - lost / whole, 0.0)
+
+
+def kept(folder: Path) -> Lora:
+    """The factors that a student was trained as, α/r within them and both of one size; none if it was not."""
+    if not (folder / ADAPTER).is_file():
+        return {}
+    with safe_open(folder / ADAPTER, "pt") as stored:
+        settings = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (no mapping)
+    scale, factors = float(settings["alpha"]) / float(settings["rank"]), {}
+    for name, down in tensors.items():
+        if ".lora_A." not in name:
+            continue
+        up = scale * tensors[name.replace(".lora_A.", ".lora_B.")]
+        if bool(up.any()):
+            balance = (up.norm() / down.norm()).sqrt()
+            factors[name.partition(".lora_A.")[0]] = Factors(down * balance, up / balance)
+    return factors
 
 
 def extract(student: nn.Module, teacher: nn.Module, rank: int) -> tuple[dict[str, Factors], Fidelity]:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from distill.bundle import Bundle, BundleError, Manifest
 from distill.config import RecipeError
 from distill.export.card import card, read_cost
-from distill.export.lora import Factors, Fidelity, comfyui_state, diffusers_state, extract, merge
+from distill.export.lora import Factors, Fidelity, comfyui_state, diffusers_state, lora_of, merge
 from distill.export.names import clip_state, openclip_state, unet_state, vae_state, wan_name
 from distill.export.steps import scheduler_for, write_scheduler
 from distill.families.flux import EMBEDDED_GUIDANCE
 from distill.families.load import FAMILIES, local_folder
+from distill.roles import ADAPTER
 
 Form = Literal["diffusers", "lora", "comfyui"]
 COMPONENT = {"sdxl": "unet", "sd15": "unet", "sd3": "transformer", "flux": "transformer", "wan": "transformer"}
@@ -57,14 +58,15 @@ def publish(
 ) -> list[Path]:
     """Write a bundle in a form for others into the new folder ``out`` and return what was written.
 
-    rank: of a LoRA; for comfyui, writes a LoRA in the place of a checkpoint. teacher: None is the one that the bundle
-    names. run: folder of the training run, for its cost; None: runs/NAME. Raises PublishError, BundleError.
+    rank: of a LoRA, None is that of its training or 64; for comfyui, a LoRA in the place of a checkpoint. teacher: None
+    is the one that the bundle names. run: folder of the training run, for its cost; None: runs/NAME. Raises
+    PublishError, BundleError.
     """
     bundle = Bundle.open(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PublishError(f"{out} is there already; give a new folder, or delete it")
     if form == "lora" or rank is not None:
-        write: Callable[[Bundle, Path], dict[str, Any]] = _lora_writer(form, rank or 64, teacher, say)
+        write: Callable[[Bundle, Path], dict[str, Any]] = _lora_writer(form, rank, teacher, say)
     else:
         write = {"diffusers": write_diffusers, "comfyui": write_comfyui}[form]
     draft = out.with_name(f".{out.name}.tmp")
@@ -91,7 +93,7 @@ def write_diffusers(bundle: Bundle, folder: Path) -> dict[str, Any]:
     """The bundle's diffusers folder without our engines, with a scheduler that takes the student's steps."""
     engines = {f"{engine.file}{end}" for engine in bundle.manifest.engines for end in ("", ".data")}
     for name in bundle.manifest.files:
-        if name not in engines:
+        if name not in engines and name != ADAPTER:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
     scheduler, calls = scheduler_for(bundle.manifest, _scheduler_config(bundle))
@@ -179,7 +181,9 @@ def _spelt(call: dict[str, Any]) -> str:
 # --- LoRA ----------------------------------------------------------------------------------------------------------
 
 
-def _lora_writer(form: Form, rank: int, teacher: str | None, say: Say) -> Callable[[Bundle, Path], dict[str, Any]]:
+def _lora_writer(
+    form: Form, rank: int | None, teacher: str | None, say: Say
+) -> Callable[[Bundle, Path], dict[str, Any]]:
     if form == "diffusers":
         raise PublishError("--rank makes a LoRA; use it with --to lora or --to comfyui")
 
@@ -191,13 +195,13 @@ def _lora_writer(form: Form, rank: int, teacher: str | None, say: Say) -> Callab
             raise PublishError(f"{bundle.path} does not say what it was distilled from; add --teacher")
         family, student, base = _networks(bundle, str(source))
         try:
-            factors, fidelity = extract(student, base, rank)
+            factors, fidelity = lora_of(bundle.path, student, base, rank)
         except ValueError as error:
             raise PublishError(f"{bundle.path} beside {source}: {error}") from None
         fidelity = replace(fidelity, remaining=remaining(family, student, base, factors, bundle.manifest))
         say(
-            f"rank {rank} in {fidelity.layers} layers holds {fidelity.captured:.1%} of what the student changed; "
-            f"{fidelity.remaining:.1%} of its effect on the output is missing"
+            f"rank {fidelity.rank} in {fidelity.layers} layers holds {fidelity.captured:.1%} of what the student "
+            f"changed; {fidelity.remaining:.1%} of its effect on the output is missing"
         )
         return _write_lora(bundle, folder, factors, fidelity, form, str(source))
 

@@ -73,9 +73,22 @@ class Adversary(Hook):
         self.r1, self.r1_form, self.r1_delta = r1, r1_form, r1_delta
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            x, t = torch.zeros(1, *roles.family.latent_shape()), torch.zeros(1, dtype=torch.float64)
-            features = self._features(x.to(device()), t.to(device()), roles.family.unconditional(1))
-            self.head = Head(*features.shape[1:]).to(device())
+            self.head = Head(*self._shape()).to(device())
+
+    def _shape(self) -> tuple[int, ...]:
+        """Of the tapped features, from a pass of the teacher, which is alike; ranks without weights yet know shapes."""
+        family, teacher = self.roles.family, self.roles.teacher
+        held = getattr(teacher, "base", teacher)
+        home = next(held.parameters()).device
+        place = home if home.type == "meta" else device()
+        x, t = torch.zeros(1, *family.latent_shape()), torch.zeros(1, dtype=torch.float64)
+        condition = {name: rows.to(place) for name, rows in family.unconditional(1).items()}
+        if home != place:  # from the host, where networks wait to be cut into shards
+            held.to(place)
+        features = family.predict(teacher, x.to(place), t.to(place), condition, taps=(self.tap,)).features
+        if home != place:
+            held.to(home)
+        return tuple(features[self.tap].shape[1:])
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
         leaf = rollout.samples.requires_grad_()

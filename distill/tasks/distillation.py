@@ -9,7 +9,7 @@ a graph (backward simulation, DMD2 §4.5), and the sample x of step k serves the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -36,7 +36,7 @@ from distill.parallel.world import world
 from distill.provenance import provenance
 from distill.rewards import load_reward
 from distill.rewards.judges import check_judges
-from distill.roles import Networks, View, adapted, checkpoint_activations, merge, separate
+from distill.roles import ADAPTER, Networks, View, adapted, checkpoint_activations, merge, save_adapter, separate
 from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, to_uint8
 from distill.tasks.diffusion import draw_times, sample
@@ -63,10 +63,10 @@ class DistillationTask:
         """teacher, judge: what loads them; benchmarks make networks without trained weights instead."""
         self.recipe, self._load_judge = recipe, judge
         self.world = world()
-        with hollow(not self.world.leader and recipe.gan is None):  # the head of a GAN is made to measure on a pass
+        with hollow(not self.world.leader):
             self.loaded = teacher(recipe)
         self.family = self.loaded.family.to(device())
-        if recipe.gan or (self.world.leader and not self._in_shards):  # the host holds what is cut, so it need not fit
+        if self.world.leader and not self._in_shards:  # the host holds what is cut, so it need not fit
             self.loaded.network.to(device())
         self.held = self._roles(self.loaded.network)
         self.teacher, self.student, self.fake = self.held.teacher, self.held.student, self.held.fake
@@ -367,10 +367,16 @@ class DistillationTask:
         return student_table(schedule, prediction, schedule.grid(steps))
 
     def finish(self, output: Path) -> None:
-        student = self._plain_student()
+        adapter: dict[str, Tensor] = {}
+        if isinstance(self.student, View):
+            adapter = {name: full(tensor).cpu() for name, tensor in self.student.state_dict().items()}
+        student = self._plain_student(adapter)
         if not self.world.leader:
             return
         self.family.to("cpu").save(student, output)
+        (output / ADAPTER).unlink(missing_ok=True)  # of an earlier student in this place
+        if self.recipe.adapters and adapter:
+            save_adapter(adapter, self.recipe.adapters, output)
         manifest = Manifest(
             name=output.name,
             samplers={n: Sampler.of(self._table(n)) for n in sorted(self.recipe.steps)},
@@ -381,12 +387,11 @@ class DistillationTask:
         )
         write_manifest(output, manifest)
 
-    def _plain_student(self) -> nn.Module:
+    def _plain_student(self, adapter: Mapping[str, Tensor]) -> nn.Module:
         """The student as one network on the leader's CPU, its adapter merged into the teacher's own weights."""
         if not isinstance(self.student, View):
             return whole(self.student).cpu()
         assert self.recipe.adapters is not None
-        adapter = {name: full(tensor).cpu() for name, tensor in self.student.state_dict().items()}
         if not self.world.leader:
             return self.student
         return merge(load_teacher(self.recipe).network, adapter, self.recipe.adapters.alpha / self.recipe.adapters.rank)

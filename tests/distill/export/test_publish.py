@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 from distill.bundle import Bundle, BundleError, Sampler, write_manifest
 from distill.config import load_recipe
@@ -89,20 +90,38 @@ def test_nothing_is_left_of_a_publication_that_fails(tiny_sources: Path, tmp_pat
 def test_a_student_trained_as_a_lora_is_published_as_that_lora(
     tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the recipe to the file, with the run's cost on its card."""
+    """From the recipe to the file, also what weights of float16 would round away, with the run's cost on its card."""
     monkeypatch.setenv("LEAPFROG_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr("distill.data.cache.CACHE", tmp_path / "cache")
     (tmp_path / "prompts.txt").write_text("a red cube\na blue sphere\n")
     overrides = [
         f"teacher={tiny_sources}", "name=tiny-lora", f"output={tmp_path / 'tiny-lora'}", "iterations=2", "batch_size=2",
         f"data={{prompts: {tmp_path / 'prompts.txt'}}}", "steps=[1]", "fake_per_student=1", "fake_warmup=0", "ema=0",
-        "adapters={rank: 2, alpha: 2}", "student.learning_rate=0.05", "telemetry.every=null", "log_every=1",
+        "adapters={rank: 2, alpha: 1}", "student.learning_rate=2e-5", "telemetry.every=null", "log_every=1",
     ]  # fmt: skip
     assert train(load_recipe("recipes/digits-dmd2.yaml", overrides), quiet=True) == 0
     told: list[str] = []
-    publish(tmp_path / "tiny-lora", "lora", tmp_path / "out", rank=2, run=tmp_path / "runs/tiny-lora", say=told.append)
-    share = float(told[0].split("holds ")[1].split("%")[0])
-    assert share > 99
+    publish(tmp_path / "tiny-lora", "lora", tmp_path / "out", run=tmp_path / "runs/tiny-lora", say=told.append)
+    assert told[0].startswith("rank 2 in ") and "holds 100.0% of what the student changed" in told[0]
+    trained = load_file(tmp_path / "runs/tiny-lora/checkpoints/step-0000002/state.safetensors")
+    published = load_file(tmp_path / "out/pytorch_lora_weights.safetensors")
+    for name in [name for name in published if ".lora_A." in name]:
+        ours = f"student/model/{name.removeprefix('unet.')}"
+        products = [
+            tensors[b].float().flatten(1) @ tensors[a].float().flatten(1)
+            for tensors, a, b in (
+                (published, name, name.replace("lora_A", "lora_B")),
+                (trained, ours, ours.replace("lora_A", "lora_B")),
+            )
+        ]
+        assert float(products[0].norm()) > 0
+        torch.testing.assert_close(products[0], products[1] / 2, rtol=0, atol=2e-3 * float(products[1].abs().max()))
+    publish(tmp_path / "tiny-lora", "lora", tmp_path / "cut", rank=1, run=tmp_path / "runs/tiny-lora", say=told.append)
+    share = float(told[1].split("holds ")[1].split("%")[0])
+    assert told[1].startswith("rank 1 in ") and 50 <= share < 100
+    folder = tmp_path / "whole"
+    publish(tmp_path / "tiny-lora", "diffusers", folder, run=tmp_path / "runs/tiny-lora", say=silent)
+    assert not (folder / "adapter.safetensors").exists() and (tmp_path / "tiny-lora/adapter.safetensors").is_file()
     card = (tmp_path / "out/README.md").read_text()
     assert "2 iterations in " in card and "samples that went forward: fake " in card
 
