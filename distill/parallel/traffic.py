@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from distill.config import DistillRecipe, load_recipe
+from distill.config import DistillRecipe, RecipeError, load_recipe
 from distill.dryrun import Machine, Plan, plan
 
 
@@ -171,9 +171,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--latency", type=float, default=Links.latency, help="seconds per hop")
     options = parser.parse_intermixed_args(arguments)
     links = Links(options.nvlink, options.network, options.latency)
-    recipe = load_recipe(options.recipe, options.overrides)
-    for line in table(recipe, options.gpus, links, Machine.parse(options.assume)):
-        print(line)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if recipe.task != "distill":
+            raise RecipeError(f"{options.recipe} has task {recipe.task}; give a recipe of a distillation")
+        for line in table(recipe, options.gpus, links, Machine.parse(options.assume)):
+            print(line)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -23,6 +23,8 @@ OBJECTIVES = {
         "adapters={rank: 4, alpha: 8}", "activation_checkpointing=true", "gan={}", "advantage.shrinkage=0.5",
         "safeguards={ramp: 3, diversity: {tolerate: 0.9, refuse: 0.5}, two_key: 1}",
     ],
+    "adapter of the fake": ["adapters={rank: 4, alpha: 8, roles: [fake]}"],
+    "adapter of the student": ["adapters={rank: 4, alpha: 8, roles: [student]}", "advantage.when=student"],
     "own weights": [
         "gan={r1: 0.1, r1_form: finite}", "divergence={}", "shared_teacher={}", "implicit_alignment={}",
         "step_aware_fake=true", "activation_checkpointing=true", "first_step_anchor={}",
@@ -70,12 +72,14 @@ def test_any_number_of_ranks_trains_what_one_trains(
     assert all(torch.allclose(a[name].float(), b[name].float(), atol=2e-3) for name in a)  # of float16
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_ranks_in_shards_train_what_one_trains_with_every_kind_of_hook(
-    ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str
+@pytest.mark.parametrize(
+    ("objective", "layout"), [*((objective, "fsdp") for objective in OBJECTIVES), ("adapters", "ddp")]
+)
+def test_two_ranks_train_what_one_trains_with_every_kind_of_hook_and_layout(
+    ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str, layout: str
 ) -> None:
     state = jobs.distil(str(models), str(tmp_path / "one"), OBJECTIVES[objective])
-    told = ranks(2, jobs.distil, str(models), str(tmp_path / "two"), [*OBJECTIVES[objective], "parallel.strategy=fsdp"])
+    told = ranks(2, jobs.distil, str(models), str(tmp_path / "two"), [*OBJECTIVES[objective], *LAYOUTS[layout]])
     for each in told:
         assert_states_equal(each, state)
     assert_streams_equal(jobs.stream(tmp_path / "two"), jobs.stream(tmp_path / "one"))

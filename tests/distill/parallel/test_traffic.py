@@ -12,7 +12,7 @@ from torch import nn
 
 from distill.config import DistillRecipe, load_recipe
 from distill.dryrun import Machine, _missing, plan
-from distill.parallel.traffic import Links, load, passes, table
+from distill.parallel.traffic import Links, load, main, passes, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,3 +83,16 @@ def test_ranks_that_share_a_sample_hold_a_part_of_it_and_exchange_the_rest() -> 
 
 def _context(recipe: DistillRecipe, ranks: int) -> DistillRecipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"context": ranks})})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["recipes/none.yaml"], "there is no recipe 'recipes/none.yaml'"),
+        ([str(ROOT / "recipes/digits-reward.yaml")], "has task reward; give a recipe of a distillation"),
+        ([str(ROOT / "recipes/digits-amd.yaml"), "--assume", "gpu=8"], "'gpu' is unknown; use gpus"),
+    ],
+)
+def test_faults_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
