@@ -159,7 +159,8 @@ def samples_for(data: SceneData | FileData | str, seed: int, family: Any) -> Sam
     reads_labels, gives_labels = hasattr(family, "classes"), data in ("labels", "digits")
     if gives_labels and not reads_labels:
         raise RecipeError(f"data is {data}, and the {family.name} family reads prompts; name data.prompts")
-    if reads_labels and not gives_labels and getattr(data, "prompts", "scenes"):
+    pictures_alone = isinstance(data, FileData) and data.prompts is None
+    if reads_labels and not gives_labels and not pictures_alone:
         raise RecipeError(f"data has prompts, and the {family.name} family reads labels; use data: labels, or pictures")
     if isinstance(data, FileData):
         return FileSamples(data, seed, family)
