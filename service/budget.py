@@ -51,6 +51,8 @@ class _Curve:
     seconds: dict[int, float] = field(default_factory=dict)
     decode_s: float | None = None
     calls: int = 0
+    worth: tuple[int, ...] | None = None
+    """What ``Budget.sizes`` said since the last measurement; it is asked for every row of the queue at every step."""
 
 
 class Budget:
@@ -70,7 +72,7 @@ class Budget:
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """One denoising call of ``rows`` rows took ``seconds``."""
         curve = self._curves[_cost(key)]
-        curve.calls += 1
+        curve.calls, curve.worth = curve.calls + 1, None
         known = curve.seconds.get(rows)
         curve.seconds[rows] = seconds if known is None else known + EASE * (seconds - known)
 
@@ -87,6 +89,7 @@ class Budget:
         """Memory ran out at ``rows`` rows: from now on at most the largest size of half as many. Returns that size."""
         curve = self._curves[_cost(key)]
         curve.limit = max((size for size in curve.sizes if size <= max(1, rows // 2)), default=1)
+        curve.worth = None
         return curve.limit
 
     def step_s(self, key: BatchKey, rows: int) -> float:
@@ -105,13 +108,17 @@ class Budget:
     def sizes(self, key: BatchKey) -> tuple[int, ...]:
         """Batch sizes worth using, rising; the last one is the cap."""
         curve = self._curves[_cost(key)]
+        if curve.worth is not None:
+            return curve.worth
         allowed = [size for size in curve.sizes if size <= curve.limit]
         rates = [size / self.step_s(key, size) for size in allowed]
         enough = PAYS * max(rates)
         cap = next(i for i, rate in enumerate(rates) if rate >= enough)
         if curve.calls % PROBE_EVERY == PROBE_EVERY - 1:
             cap = min(cap + 1, len(allowed) - 1)
-        return tuple(allowed[: cap + 1])
+        found = tuple(allowed[: cap + 1])
+        curve.worth = found if curve.seconds else None  # a guess follows the curves of other shapes
+        return found
 
     def row_step_s(self, key: BatchKey) -> float:
         """Seconds of compute that one step of one row takes in a batch of the cap: the currency of fairness."""
@@ -148,4 +155,4 @@ class Budget:
 
 def _cost(key: BatchKey) -> BatchKey:
     """All LoRAs share one curve: their names come from callers, and there is no end of scales."""
-    return key._replace(loras=())
+    return key._replace(loras=()) if key.loras else key

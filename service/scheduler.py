@@ -135,7 +135,7 @@ class Scheduler:
 
     def work_s(self) -> float:
         """Seconds of compute still to do."""
-        return sum(job.remaining * self.budget.row_step_s(job.key) for job in self)
+        return sum(self.budget.row_step_s(flow.key) * sum(job.remaining for job in flow.jobs) for flow in self._flows)
 
     def room_s(self, places: int) -> float:
         """About how long until ``places`` of the waiting rows have begun: the work of all rows before them."""

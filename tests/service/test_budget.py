@@ -97,3 +97,18 @@ def test_the_decoder_of_an_unknown_shape_costs_in_proportion_to_its_latents() ->
     assert budget.decode_s(long) == pytest.approx(0.6)
     budget.observe_decode(long, 0.5)
     assert budget.decode_s(long) == 0.5
+
+
+def test_batches_shrink_at_once_when_memory_runs_out() -> None:
+    budget = budget_of(b1=10, b2=11, b4=12, b8=14)
+    assert budget.sizes(KEY) == SIZES
+    assert budget.halve(KEY, 8) == 4
+    assert budget.sizes(KEY) == (1, 2, 4)
+
+
+def test_what_pays_for_an_unmeasured_size_follows_the_others() -> None:
+    budget = budget_of(b1=10)
+    budget.know(LARGE, SIZES)
+    before = budget.row_step_s(LARGE)
+    budget.observe(KEY, 1, 1.0)
+    assert budget.row_step_s(LARGE) > before
