@@ -208,7 +208,7 @@ def test_a_folder_gives_back_the_same_pictures(source: BundleSource, prompts: li
     with pytest.raises(EvalError, match="cannot be decoded"):
         again.make(prompts)
     next(folder.iterdir()).unlink()
-    with pytest.raises(EvalError, match="lacks 1 of 6 pictures"):
+    with pytest.raises(EvalError, match="lacks 1 of 6 files"):
         again.make(prompts)
 
 
