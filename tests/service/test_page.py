@@ -287,6 +287,7 @@ def test_the_history_is_bounded_in_number_and_length(page: playwright.Page) -> N
     assert many == page.evaluate("KEPT")
     page.evaluate("remember(" + result.replace("LENGTH", "KEPT_CHARS") + ")")
     assert page.evaluate("past.length") == 1
+    page.wait_for_function("shelf().then(store => ended(store.count())).then(count => count === 1)")
     page.reload()
     playwright.expect(page.locator("#past li")).to_have_count(1)
 
