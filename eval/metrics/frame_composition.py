@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from distill.data.captions import ATTRIBUTES
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
-from eval.metrics.composition import ATTRIBUTES, Labeller, judge, load_labeller
+from eval.metrics.composition import Labeller, judge, load_labeller
 from eval.statistics import bootstrap_mean
 
 
@@ -53,7 +54,7 @@ class FrameComposition(PerSampleMetric):
             right = [verdict.right for verdict in verdicts]
             values.append(100.0 * float(np.mean(right)))
             self._shares.append({"every frame": all(right), "first": right[0], "last": right[-1]})
-            self._rates += [{"count": float(verdict.count)} | verdict.rates for verdict in verdicts]
+            self._rates += [{"count": float(verdict.count), **verdict.rates} for verdict in verdicts]
         self._add(np.array(values), samples)
 
     def compute(self) -> Score:
