@@ -164,7 +164,7 @@ def test_a_metric_that_misses_its_canary_is_invalid(site: Site) -> None:
 def test_a_bundle_that_cannot_be_read_is_a_broken_night_and_the_store_stays_whole(site: Site) -> None:
     site.night("2026-01-01")
     site.pin()
-    file = next((site.root / "tiny-sdxl").glob("*.onnx"))
+    file = next((site.root / "tiny-sdxl").rglob("*.onnx"))
     file.write_bytes(file.read_bytes()[:100])
     assert site.night("2026-01-02") == 3
     record = site.record("2026-01-02")
