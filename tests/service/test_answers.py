@@ -59,21 +59,22 @@ def test_openai_client_reads_previews_and_then_the_picture(server: Server, clien
 
 def test_openai_client_hears_of_an_error_in_mid_stream(server: Server, client: openai.OpenAI) -> None:
     """Tried until the cancellation arrives while the picture is drawn, which is up to the machine."""
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(6) as pool, httpx.Client(base_url=server.url, timeout=30) as other:
         for attempt in range(50):
-            busy = [pool.submit(server.images, prompt=PROMPT, steps=8, n=4, cache=False) for _ in range(6)]
+            first = {"prompt": PROMPT, "steps": 8, "n": 4, "cache": False, "priority": "high"}
+            busy = [pool.submit(server.images, **first) for _ in range(6)]
             name = f"in-mid-stream-{attempt}"
             stream = client.images.generate(
                 prompt=PROMPT,
                 stream=True,
                 partial_images=3,
-                extra_body={"steps": 8, "cache": False},
+                extra_body={"steps": 8, "cache": False, "priority": "low"},
                 extra_headers={"x-request-id": name},
             )
             told: openai.APIError | None = None
             try:
                 for _ in stream:
-                    httpx.post(f"{server.url}/v1/requests/{name}/cancel", timeout=30)
+                    other.post(f"/v1/requests/{name}/cancel")
             except openai.APIError as error:
                 told = error
             assert all(answer.result().status_code == 200 for answer in busy)

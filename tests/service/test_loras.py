@@ -79,7 +79,7 @@ def model(tiny_bundle: Path, runtime: Recorded) -> Iterator[Model]:
 
 
 def book(model: Model, folder: Path, **settings: int) -> Loras:
-    chosen = Settings(bundles=model.bundle.path, data=folder, **settings)  # type: ignore[arg-type]
+    chosen = Settings(bundles=model.bundle.path, data=folder, **settings)
     registry = Registry(chosen)
     registry._models[model.name], registry.state = model, "ready"
     return Loras(chosen, registry)
