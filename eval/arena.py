@@ -133,8 +133,8 @@ class Arena:
             while len(self._open) > _OPEN:
                 del self._open[next(iter(self._open))]
         shown = [data_url(image, question.pair.fps) for image in (question.pair.candidate, question.pair.baseline)]
-        left, right = shown if question.candidate_left else shown[::-1]
-        return {**told, "id": token, "prompt": question.pair.text, "left": left, "right": right}
+        first, second = shown if question.candidate_left else shown[::-1]
+        return {**told, "id": token, "prompt": question.pair.text, "left": first, "right": second}
 
     def answer(self, token: str, choice: Choice) -> None:
         """Raises KeyError for a question that nobody was asked."""
