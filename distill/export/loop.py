@@ -48,7 +48,8 @@ def export_loop(
     if not files:
         bundle.engine("step")
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_room(out.parent, sum(file.stat().st_size for file in files.values()))
+    sources = [name for name in manifest.files if name.endswith((".onnx", ".safetensors"))]
+    check_room(out.parent, sum(bundle.file(name).stat().st_size for name in sources))
     model = unroll({name: onnx.load(file) for name, file in files.items()}, manifest.samplers[steps].table())
     about = {"leapfrog.bundle": manifest.name, "leapfrog.steps": str(steps), "leapfrog.digest": bundle.digest}
     helper.set_model_props(model, about)

@@ -180,7 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--layers is {options.layers}; give at least 1")
     configs = USUAL[options.family] if options.full else cut(options.family, USUAL[options.family], options.layers)
     if options.dry_run:
-        rows = [estimate(spec.name, spec.module) for spec in production_graphs(options.family, configs, "meta")]
+        rows = [
+            estimate(spec.name, spec.module, shared=False)
+            for spec in production_graphs(options.family, configs, "meta")
+        ]
         print("\n".join(report(rows)))
         return 0
     if options.out is None:

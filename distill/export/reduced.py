@@ -49,7 +49,8 @@ def export_reduced(path: str | os.PathLike[str], precision: Smaller, say: Callab
             raise ExportError(f"graph {name!r} is beyond 2 GB, where only float32 is written; leave --precision out")
     sources = {name: bundle.engine(name) for name in specs}
     files = {name: bundle.file(source.file) for name, source in sources.items()}
-    check_room(bundle.path, sum(file.stat().st_size for file in files.values()))
+    quantised = weight_bytes(specs["step"]) if precision == "int8" else 0  # int8, and float32 of what is spared
+    check_room(bundle.path, sum(file.stat().st_size for file in files.values()) + quantised)
     chosen = [name for name in GRAPHS[precision] if any(True for _ in specs[name].module.parameters())]
     finals = {name: bundle.path / f"{name}.{precision}.onnx" for name in chosen}
     graphs: dict[str, parity.Compiled] = {name: parity.OnnxGraph(file) for name, file in files.items()}

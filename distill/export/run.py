@@ -12,9 +12,10 @@ from pathlib import Path
 from distill.bundle import Bundle, Engine, Manifest, sha256
 from distill.export import parity
 from distill.export.drafts import check_room, drafts
+from distill.export.estimate import estimate
 from distill.export.graphs import GraphSpec, load_graphs
 from distill.export.layers import first_difference
-from distill.export.onnx import OPSET, ExportError, compile_graph, weight_bytes
+from distill.export.onnx import OPSET, ExportError, compile_graph
 from distill.export.weights import Weights
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
@@ -28,7 +29,7 @@ def export_onnx(path: str | os.PathLike[str], opset: int = OPSET, say: Callable[
     """
     bundle = Bundle.open(path)
     specs = load_graphs(bundle.path, bundle.manifest)
-    check_room(bundle.path, sum(weight_bytes(spec) for spec in specs.values()))
+    check_room(bundle.path, sum(estimate(name, spec.module, shared=True).file_bytes for name, spec in specs.items()))
     weights = Weights.of(bundle)
     finals = {name: bundle.path / f"{name}.onnx" for name in specs}
     with drafts(bundle.path) as made:

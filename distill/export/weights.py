@@ -68,7 +68,7 @@ class Weights:
 
 
 def digest_of(half: NDArray[np.float16]) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(half)).digest()
+    return hashlib.sha256(np.ascontiguousarray(half).data).digest()
 
 
 def _tensors(root: Path, name: str) -> Iterator[Place]:

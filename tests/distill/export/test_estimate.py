@@ -16,11 +16,13 @@ from distill.export.estimate import BYTES_PER_SECOND, SECONDS_PER_LAYER, estimat
 def test_sizes_follow_parameters_and_time_the_layers() -> None:
     with torch.device("meta"):
         module = nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(50)))
-    found = estimate("step", module)
-    assert (found.parameters, found.file_bytes) == (50_000_000, 100_000_000)
+    found, shared = (estimate("step", module, shared=shared) for shared in (False, True))
+    assert (found.parameters, found.file_bytes) == (50_000_000, 100_050_000)
+    assert (shared.file_bytes, shared.duration_s) == (50_000, found.duration_s)
     assert found.duration_s == pytest.approx(50 * SECONDS_PER_LAYER + 1e8 / BYTES_PER_SECOND)
-    lines = report([found, estimate("decoder", nn.Linear(10, 10))])
-    assert lines[0].startswith("step") and "50.0 M parameters" in lines[0] and "100.0 MB on disk" in lines[0]
+    lines = report([found, estimate("decoder", nn.Linear(10, 10), shared=False)])
+    assert lines[0].startswith("step") and "50.0 M parameters" in lines[0]
+    assert f"{found.file_bytes / 1e6:.1f} MB on disk" in lines[0]
     assert (
         lines[2].startswith("all")
         and lines[2].split("disk")[1].split("about")[0] == lines[0].split("disk")[1].split("about")[0]

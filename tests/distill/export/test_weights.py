@@ -67,9 +67,6 @@ def test_no_weight_is_stored_twice(fixture: str, request: pytest.FixtureRequest)
         graph = bundle.file(engine.file)
         assert {file for file, _, _ in references(graph).values()} <= sources
         onnx.checker.check_model(str(graph), full_check=True)
-        model = onnx.load(graph, load_external_data=False)
-        small = sum(tensor.ByteSize() for tensor in model.graph.initializer)
-        assert small < 4096 * len(model.graph.initializer)
     assert references(bundle.file(bundle.engine("step").file))
 
 
@@ -84,7 +81,8 @@ def test_another_student_is_another_graph(tiny_bundle: Path, tmp_path: Path) -> 
     shutil.copytree(tiny_bundle, root)
     file = root / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    tensors["decoder.conv_in.weight"] = tensors["decoder.conv_in.weight"] * np.float16(0.5)
+    largest = max((name for name in tensors if name.startswith("decoder.")), key=lambda name: tensors[name].size)
+    tensors[largest] = tensors[largest] * np.float16(0.5)
     save_file(tensors, file, metadata={"format": "pt"})
     bundle = write_manifest(root, Bundle.open(tiny_bundle).manifest)
     spec = load_graphs(root, bundle.manifest)["decoder"]
