@@ -148,6 +148,7 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "precision": able.precision,
             "device": able.device,
             "fallback": able.fallback or None,
+            "measured": able.measured or None,
             "threads": able.threads,
             "batch_sizes": list(able.batch_sizes),
             "step_ms": list(able.step_ms),

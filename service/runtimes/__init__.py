@@ -2,8 +2,11 @@
 
 import importlib.util
 import logging
+import time
 from dataclasses import replace
 from typing import get_args
+
+import numpy as np
 
 from distill.bundle import Bundle
 from distill.engines.tensorrt import EngineRefused
@@ -25,6 +28,9 @@ from service.runtimes.graphs import GraphRuntime
 from service.runtimes.onnx import OnnxRuntime, has_gpu_provider
 
 logger = logging.getLogger(__name__)
+
+TURNS = 3
+"""Pictures that each candidate for "fastest" draws; the first compiles and warms up, the best counts."""
 
 __all__ = [
     "Capabilities",
@@ -56,9 +62,13 @@ def open_runtime(
 
     TensorRT is for engines of this very machine: where the bundle has none, or there is no GPU, another runtime is
     taken and its capabilities tell why; so it is with "auto" and a bundle that was not exported, which torch takes
-    where it is installed. replica: the how manieth of this bundle, which with torch goes to the GPU of that number.
-    Raises RuntimeUnavailable for a choice that this machine cannot serve, BundleError for a bundle without the graphs.
+    where it is installed. "fastest" is ONNX Runtime or OpenVINO, whichever draws faster here and now, so that another
+    start may make other pictures. replica: the how manieth of this bundle, which with torch goes to the GPU of that
+    number. Raises RuntimeUnavailable for a choice that this machine cannot serve, BundleError for a bundle without the
+    graphs.
     """
+    if runtime == "fastest":
+        return _fastest(bundle, precision, threads, max_batch, replica)
     name, fixed = choose(runtime, precision)
     if runtime == "auto" and not any(e.runtime == "onnx" for e in bundle.manifest.engines) and _torch_is_installed():
         taken = _open(bundle, "torch", choose("torch", precision)[1], threads, max_batch, replica)
@@ -77,6 +87,37 @@ def open_runtime(
         taken.capabilities = replace(taken.capabilities, fallback=f"tensorrt was asked for: {reason}")
         return taken
     return _open(bundle, name, fixed, threads, max_batch, replica)
+
+
+def _fastest(bundle: Bundle, precision: Precision, threads: int, max_batch: int, replica: int) -> Runtime:
+    """ONNX Runtime or OpenVINO, each in ``precision``, by the time that one picture or clip takes in turns."""
+    found: list[GraphRuntime] = []
+    reasons = []
+    for candidate in ("onnx", "openvino"):
+        try:
+            name, fixed = choose(candidate, precision)
+        except RuntimeUnavailable as error:
+            reasons.append(str(error))
+        else:
+            found.append(_open(bundle, name, fixed, threads, max_batch, replica))
+    if not found:
+        raise RuntimeUnavailable("; ".join(dict.fromkeys(reasons)))
+    times = [min(turns) for turns in zip(*([_time_picture(one) for one in found] for _ in range(TURNS)), strict=True)]
+    able = [one.capabilities for one in found]
+    told = ", ".join(f"{a.runtime} in {a.precision} {ms:.1f} ms" for a, ms in zip(able, times, strict=True))
+    taken = found[times.index(min(times))]
+    taken.capabilities = replace(taken.capabilities, measured="; ".join([f"one picture: {told}", *reasons]))
+    logger.info("%s: %s, by %s", bundle.manifest.name, taken.name, taken.capabilities.measured)
+    return taken
+
+
+def _time_picture(runtime: GraphRuntime) -> float:
+    """Milliseconds of one picture or clip in the usual number of steps."""
+    manifest = runtime.manifest
+    labels: Conditioning = {"labels": np.zeros(1, np.int64)}
+    start = time.perf_counter()
+    generate(runtime, manifest, labels if manifest.max_tokens is None else [""], seeds=[0])
+    return (time.perf_counter() - start) * 1e3
 
 
 def _open(
@@ -108,7 +149,9 @@ def choose(runtime: str, precision: str) -> tuple[RuntimeName, FixedPrecision]:
     float32. runtime "auto" is OpenVINO for bfloat16, which nothing else has, and ONNX Runtime for all others: in
     float32 the two are about as fast; see benchmarks/results/inference.json. float16 is for GPUs, int8 for bundles that
     have it. TensorRT is taken only by name: which of its engines fit is for each bundle to say. torch has no int8.
+    "fastest" is for open_runtime, which has a bundle to measure.
     """
+    assert runtime != "fastest", "open_runtime decides by measuring"
     for what, value, known in (("runtime", runtime, RuntimeChoice), ("precision", precision, Precision)):
         if value not in get_args(known):
             raise RuntimeUnavailable(f"{what} is {value!r}; use one of {', '.join(get_args(known))}")

@@ -22,7 +22,7 @@ Conditioning = dict[str, NDArray[np.generic]]
 """What the step graph reads besides latents, by input name; every array has the rows of the batch first."""
 
 RuntimeName = Literal["onnx", "openvino", "tensorrt", "tensorrt-rtx", "torch"]
-RuntimeChoice = Literal["auto", "onnx", "openvino", "tensorrt", "torch"]
+RuntimeChoice = Literal["auto", "onnx", "openvino", "tensorrt", "torch", "fastest"]
 FixedPrecision = Literal["float32", "bfloat16", "float16", "int8"]
 """Of the arithmetic of the denoiser. What comes in and goes out is float32 whatever it is."""
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
@@ -72,6 +72,8 @@ class Capabilities:
     """Of a prompt that are read; None: the model takes labels."""
     fallback: str = ""
     """Why this is not the runtime that was asked for; empty where it is."""
+    measured: str = ""
+    """What "fastest" went by: milliseconds per picture of each runtime; empty where none was measured."""
     loose_sizes: tuple[int, ...] = ()
     """The same for rows that asked for speed and not for bits; empty where batch_sizes are all that there are."""
     loose_ms: tuple[float, ...] = ()

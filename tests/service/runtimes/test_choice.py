@@ -67,7 +67,7 @@ def test_without_the_package_auto_is_onnx_runtime() -> None:
 @pytest.mark.parametrize(
     ("runtime", "precision", "message"),
     [
-        ("coreml", "float32", r"runtime is 'coreml'; use one of auto, onnx, openvino, tensorrt, torch"),
+        ("coreml", "float32", r"runtime is 'coreml'; use one of auto, onnx, openvino, tensorrt, torch, fastest"),
         ("onnx", "float64", r"precision is 'float64'; use one of auto, float32, bfloat16, float16, int8"),
         ("onnx", "float16", r"precision is float16, which is for GPUs; use float32"),
         ("openvino", "float16", r"precision is float16, which is for GPUs; use float32"),
