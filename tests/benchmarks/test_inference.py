@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.inference import MAX_DB, compare, main
+from benchmarks.inference import KINDS, MAX_DB, Kind, compare, main, open_kinds, parse_kinds
+from distill.bundle import Bundle
 from service.runtimes.openvino import has_bfloat16
 
 
@@ -42,22 +44,48 @@ def test_a_run_measures_every_runtime_and_keeps_other_bundles(
     out = tmp_path / "results.json"
     out.write_text('{"another": {}}')
     words = [str(tiny_bundle), "--steps", "2", "--threads", "1", "--batches", "1,2", "--repeats", "1"]
+    words += ["--runtimes", "torch,onnx,openvino,tensorrt", "--teacher", str(tiny_bundle)]
     monkeypatch.setattr(sys, "argv", ["inference", *words, "--out", str(out)])
     main()
     results = json.loads(out.read_text())
     assert set(results) == {"another", "tiny-sdxl"}
     entry = results["tiny-sdxl"]
-    kinds = {"onnx float32", "openvino float32"} | ({"openvino bfloat16"} if has_bfloat16() else set())
+    kinds = {"torch float32", "torch bfloat16", "onnx float32", "openvino float32"}
+    kinds |= {"openvino bfloat16"} if has_bfloat16() else set()
     assert set(entry["runtimes"]) == kinds
     assert all(entry[key] for key in ("digest", "processor", "cores", "python"))
     assert {(row["what"], row["batch"]) for row in entry["rows"]} == {
-        (what, batch) for what in ("text", "step of 2", "decode", "picture, 2 steps") for batch in (1, 2)
+        (what, batch)
+        for what in ("teacher, 4 steps", "text", "step of 2", "decode", "picture, 2 steps")
+        for batch in (1, 2)
     }
+    assert entry["rows"][0]["what"] == "teacher, 4 steps" and entry["teacher"]["steps"] == 4
+    for row in entry["rows"]:
+        assert (row["over_teacher"] is not None) == row["what"].startswith("picture")
     for row in entry["rows"]:
         assert row["ms"] > 0 and row["times"] > 0
-        if row["runtime"] == "openvino" and row["precision"] == "float32" and row["max_levels"] is not None:
+        exact = row["runtime"] in ("onnx", "openvino") and row["precision"] == "float32"
+        if exact and row["max_levels"] is not None:
             assert row["max_levels"] <= 1
-    assert f"wrote {out}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"wrote {out}" in printed and "without tensorrt in float32: tensorrt was asked for" in printed
+    assert Image.open(tmp_path / "results-tiny-sdxl.png").size == (792, 462)
+
+
+def test_torch_compile_computes_what_torch_computes(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    kinds: list[Kind] = [("torch", "float32"), ("compiled", "float32")]
+    (eager, _), (compiled, _) = open_kinds(bundle, 1, 1, kinds).values()
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    theirs, ours = (runtime.decode(latents).astype(int) for runtime in (eager, compiled))
+    assert np.abs(ours - theirs).max() <= 1
+    assert type(compiled._decoder._module).__name__ == "OptimizedModule"  # type: ignore[attr-defined]
+
+
+def test_an_unknown_runtime_is_refused_with_the_nearest_name() -> None:
+    assert parse_kinds("onnx,openvino") == [kind for kind in KINDS if kind[0] in ("onnx", "openvino")]
+    with pytest.raises(ValueError, match="--runtimes has 'opnvino'; did you mean 'openvino'"):
+        parse_kinds("opnvino")
 
 
 def test_steps_that_the_bundle_lacks_are_refused(
