@@ -69,9 +69,11 @@ def test_a_run_measures_every_runtime_and_keeps_other_bundles(
             assert row["max_levels"] <= 1
     printed = capsys.readouterr().out
     assert f"wrote {out}" in printed and "without tensorrt in float32: tensorrt was asked for" in printed
-    assert Image.open(tmp_path / "results-tiny-sdxl.png").size == (792, 462)
+    with Image.open(tmp_path / "results-tiny-sdxl.png") as picture:
+        assert picture.size == (792, 462)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 def test_torch_compile_computes_what_torch_computes(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     kinds: list[Kind] = [("torch", "float32"), ("compiled", "float32")]
