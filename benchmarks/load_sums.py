@@ -119,7 +119,7 @@ def agree(sent: Sequence[Sent], before: Mapping[str, float], after: Mapping[str,
 
     Where clients left, the server may have been done already, or have refused. Oversized bodies never reach its count.
     """
-    seen = Counter(s.outcome for s in sent if s.arrival.kind != "oversize")
+    seen: Counter[str] = Counter(s.outcome for s in sent if s.arrival.kind != "oversize")
     grown = {name: after.get(name, 0) - before.get(name, 0) for name in after}
     beyond = {name: grown.get(name, 0) - seen[name] for name in CONFIRM}
     counted = sum(beyond.values()) + grown.get("disconnected", 0)

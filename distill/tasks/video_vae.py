@@ -39,7 +39,7 @@ def new_video_vae(recipe: VideoVaeRecipe) -> Any:
     """
     model, levels = recipe.model, len(recipe.model.dim_mult)
     channels = model.latent_channels
-    vae = AutoencoderKLWan(
+    vae: Any = AutoencoderKLWan(
         base_dim=model.base_dim,
         z_dim=channels,
         dim_mult=list(model.dim_mult),
@@ -58,7 +58,8 @@ def new_video_vae(recipe: VideoVaeRecipe) -> Any:
 def _rms_norm(self: Any, x: Tensor) -> Tensor:
     power = (x * x).sum(1, keepdim=True, dtype=torch.float32)
     inverse: Tensor = (self.scale * torch.rsqrt(power + 1e-12)).to(x.dtype)
-    return x * inverse * self.gamma.to(x.dtype)
+    normed: Tensor = x * inverse * self.gamma.to(x.dtype)
+    return normed
 
 
 def with_fused_norms(vae: Any) -> Any:
@@ -68,7 +69,7 @@ def with_fused_norms(vae: Any) -> Any:
     """
     for module in vae.modules():
         if isinstance(module, WanRMS_norm) and module.channel_first:
-            module.forward = MethodType(_rms_norm, module)
+            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
     return vae
 
 
