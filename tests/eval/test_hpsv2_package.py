@@ -49,7 +49,8 @@ for parameter in model.parameters():
 torch.save({"state_dict": model.state_dict()}, out / "HPS_v2.1_compressed.pt")
 tokenizer = SimpleTokenizer()
 (out / "tokenizer").mkdir()
-(out / "tokenizer" / "vocab.json").write_text(json.dumps(tokenizer.encoder))
+ends = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}  # as transformers calls them
+(out / "tokenizer" / "vocab.json").write_text(json.dumps({ends.get(k, k): v for k, v in tokenizer.encoder.items()}))
 merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
 (out / "tokenizer" / "merges.txt").write_text("#version: 0.2\\n" + "\\n".join(" ".join(pair) for pair in merges))
 img_score.model_dict.update(model=model, preprocess_val=preprocess)
@@ -80,7 +81,7 @@ def test_scores_are_those_of_the_package(tmp_path: Path) -> None:
     theirs = json.loads(done.stdout.splitlines()[-1])
 
     words = tmp_path / "tokenizer"
-    CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt")).save_pretrained(words)
+    CLIPTokenizer(str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=77).save_pretrained(words)
     ours = []
     for picture in pictures:
         metric = create("hpsv2.1", source=str(tmp_path))
