@@ -238,8 +238,8 @@ def store_outside(
     Those of ``weights`` stay where they are; ``large``: the others are written to ``path``.data, one at a time.
     The exporter's own tensors are views of torch's parameters, so that no second copy of the weights is ever held.
     """
-    file, stored = path.with_name(path.name + ".data"), {}
-    with file.open("wb") as data:
+    file, stored = path.with_name(path.name + ".data"), dict[str, Place]()
+    with _removed_unless_filled(file), file.open("wb") as data:
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
             if tensor is None or tensor.dtype != ir.DataType.FLOAT:
@@ -263,6 +263,16 @@ def store_outside(
                 base_dir=path.parent,
             )
             stored[name] = place
+    return stored
+
+
+@contextlib.contextmanager
+def _removed_unless_filled(file: Path) -> Iterator[None]:
+    """Leave no file behind that is empty, or only begun when an error came."""
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
     if not file.stat().st_size:
         file.unlink()
-    return stored

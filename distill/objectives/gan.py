@@ -81,11 +81,12 @@ class Adversary(Hook):
         held = getattr(teacher, "base", teacher)
         home = next(held.parameters()).device
         place = home if home.type == "meta" else device()
-        x, t = torch.zeros(1, *family.latent_shape()), torch.zeros(1, dtype=torch.float64)
+        x = torch.zeros(1, *family.latent_shape(), device=place)
+        t = torch.zeros(1, dtype=torch.float64, device=place)
         condition = {name: rows.to(place) for name, rows in family.unconditional(1).items()}
         if home != place:  # from the host, where networks wait to be cut into shards
             held.to(place)
-        features = family.predict(teacher, x.to(place), t.to(place), condition, taps=(self.tap,)).features
+        features = family.predict(teacher, x, t, condition, taps=(self.tap,)).features
         if home != place:
             held.to(home)
         return tuple(features[self.tap].shape[1:])

@@ -147,7 +147,7 @@ def test_a_page_is_readable_in_a_browser(report: Path, browser: object, width: s
     sizes = charts.evaluate_all("all => all.map(one => [one.clientWidth, one.clientHeight])")
     assert all(wide > 200 and high > 100 for wide, high in sizes)
     widths = page.locator("figure img").evaluate_all("all => all.map(one => one.naturalWidth)")
-    assert len(widths) == 10 and all(wide == 64 for wide in widths)
+    assert len(widths) == 10 and all(wide == 8 * 8 + 7 for wide in widths), "8 pictures and the lines between them"
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert not troubles

@@ -61,5 +61,7 @@ def test_without_its_interpreter_it_is_not_run_and_says_how_to_make_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEAPFROG_ENVIRONMENTS", str(tmp_path))
-    with pytest.raises(EvalError, match=r"was not run: vbench is absent; run: python -m eval.env create vbench"):
+    with pytest.raises(
+        EvalError, match=r"was not run: the environment vbench is absent; run: python -m eval.env create vbench"
+    ):
         create("vbench-flickering")

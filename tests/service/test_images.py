@@ -101,5 +101,5 @@ def test_estimates_name_cost_time_and_place_without_computing(server: Server) ->
     assert hopeless["error"]["code"] == "deadline_exceeded"
     assert estimate(steps=3).status_code == 400
     queue = httpx.get(f"{server.url}/v1/queue", timeout=30).json()
-    idle = {"device": "cpu", "models": ["tiny-sdxl"], "waiting": 0, "running": 0, "work_ms": 0.0, "videos": 0}
-    assert queue["data"] == [idle]
+    idle = {"device": "cpu", "replicas": 1, "models": ["tiny-sdxl"], "waiting": 0, "running": 0, "work_ms": 0.0}
+    assert queue["data"] == [{**idle, "videos": 0}]

@@ -43,7 +43,8 @@ def test_keys_do_not_show_in_logs() -> None:
         ({"LEAPFROG_MAX_BATCH": "many"}, "LEAPFROG_MAX_BATCH is 'many'"),
         (
             {"LEAPFROG_RUNTIME": "vulkan"},
-            "LEAPFROG_RUNTIME is 'vulkan': input should be 'auto', 'onnx', 'openvino', 'tensorrt' or 'torch'",
+            "LEAPFROG_RUNTIME is 'vulkan': "
+            "input should be 'auto', 'onnx', 'openvino', 'tensorrt', 'torch' or 'fastest'",
         ),
         ({"LEAPFROG_MAX_N": "0"}, "LEAPFROG_MAX_N is '0'"),
         ({"LEAPFROG_MAX_N": "4", "LEAPFROG_MAX_QUEUE": "2"}, "max_n is 4 and max_queue 2"),

@@ -48,7 +48,7 @@ def test_prompts_are_encoded_as_fluxs_pipeline_does(tiny_teacher: Folder) -> Non
     embeds, pooled, ids = pipeline.encode_prompt(PROMPTS)
     found = family.encode(PROMPTS)
     assert found["prompt_embeds"].shape == (2, 512, 32) and found["guidance"].tolist() == [3.5, 3.5]
-    torch.testing.assert_close(found["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["prompt_embeds"], embeds, rtol=1e-4, atol=5e-5)
     torch.testing.assert_close(found["pooled"], pooled, rtol=1e-4, atol=1e-5)
     inputs = family.inputs(torch.zeros(2, 4, 4, 6), torch.tensor([0.5, 1.0]), found)
     assert torch.equal(inputs["txt_ids"], ids) and inputs["timestep"].tolist() == [0.5, 1.0]
