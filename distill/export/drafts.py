@@ -34,6 +34,13 @@ class Drafts:
         self._finals[draft] = final
         return draft
 
+    def move(self, draft: Path, final: Path) -> Path:
+        """Move a draft to where what shall be at another ``final`` is written; returns the new draft."""
+        del self._finals[draft]
+        moved = draft.rename(self.path(final))
+        _remove_empty(self._root, [draft])
+        return moved
+
     def commit(self, manifest: Manifest, obsolete: Iterable[Path] = ()) -> Bundle:
         """Put every draft in its place, drop what is obsolete and write the manifest; on any failure undo all of it."""
         finals = self._finals

@@ -21,6 +21,7 @@ from distill.export.build import Reply, Request
 from distill.export.check import check_engines, require_gpu
 from distill.export.drafts import check_room, drafts
 from distill.export.onnx import ExportError
+from distill.export.weights import graph_bytes
 
 MAX_OPSET = 22
 """Opset 23 brings Attention, which TensorRT does not build in float32 nor for every head size."""
@@ -28,7 +29,7 @@ ROWS = (1, 4, 8)
 """Least, usual and greatest number of rows of a profile; the service takes up to 8 unless told otherwise."""
 BUILD_TIMEOUT_S = 3600
 ENGINE_BYTES = 3
-"""Greatest size of an engine over its ONNX file's, whose weights are float16."""
+"""Greatest size of an engine over that of its ONNX graph, whose weights are float16."""
 
 
 def export_tensorrt(
@@ -49,7 +50,7 @@ def export_tensorrt(
     flavour = pick_flavour()
     if check:
         require_gpu(PORTABLE if flavour == "tensorrt-rtx" else None)
-    check_room(bundle.path, ENGINE_BYTES * sum((bundle.path / source.file).stat().st_size for source in sources))
+    check_room(bundle.path, ENGINE_BYTES * sum(graph_bytes(bundle.path / source.file) for source in sources))
     building = bundle.path / flavour / "building"
     with drafts(bundle.path) as made:
         built: list[Engine] = []
@@ -59,9 +60,7 @@ def export_tensorrt(
             shapes = profile_shapes(source, bundle.manifest, rows)
             reply = run_builder(request_for(bundle, source, flavour, shapes, draft))
             built.append(_record(bundle, source, flavour, reply, shapes))
-            files[source.graph] = draft.rename(
-                made.path(bundle.path / built[-1].file)
-            )  # only the builder knows the key
+            files[source.graph] = made.move(draft, bundle.path / built[-1].file)  # only the builder knows the key
             size_mb = files[source.graph].stat().st_size / 1e6
             target = f"{reply.architecture}, {flavour} {reply.version}"
             say(f"[{index}/{len(sources)}] {source.graph}: {size_mb:.1f} MB in {reply.duration_s:.0f} s for {target}")

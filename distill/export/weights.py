@@ -104,3 +104,10 @@ def sign(model: onnx.ModelProto, places: Iterable[Place]) -> None:
     model.metadata_props.extend(kept)
     if digests:
         model.metadata_props.add(key=SIGNATURE, value=hashlib.sha256(digests).hexdigest())
+
+
+def graph_bytes(path: Path) -> int:
+    """Of an ONNX file and of the weights that it reads from other files."""
+    model = onnx.load(path, load_external_data=False)
+    outside = (entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "length")
+    return path.stat().st_size + sum(int(entry.value) for entry in outside)

@@ -35,6 +35,17 @@ def test_drafts_take_their_places_and_what_is_obsolete_goes(root: Path) -> None:
     Bundle.open(root)
 
 
+def test_a_draft_can_be_moved_until_its_place_is_known(root: Path) -> None:
+    with drafts(root) as made:
+        draft = made.path(root / "rtx" / "building" / "step.engine")
+        draft.write_bytes(b"engine")
+        moved = made.move(draft, root / "rtx" / "sm80" / "step.engine")
+        assert moved.read_bytes() == b"engine"
+        made.commit(Bundle.open(root).manifest)
+    assert [path.name for path in (root / "rtx").iterdir()] == ["sm80"]
+    assert (root / "rtx" / "sm80" / "step.engine").read_bytes() == b"engine"
+
+
 def test_drafts_of_an_export_that_was_killed_are_gone_at_the_next(root: Path) -> None:
     (root / "step.onnx.draft.tmp").write_bytes(b"half")
     (root / "decoder.onnx.draft.tmp.tmp").write_bytes(b"half")

@@ -16,7 +16,7 @@ from distill.bundle import Bundle, sha256, write_manifest
 from distill.export.graphs import load_graphs
 from distill.export.onnx import compile_graph
 from distill.export.run import export_onnx
-from distill.export.weights import SIGNATURE, Weights
+from distill.export.weights import SIGNATURE, Weights, graph_bytes
 from service.runtimes import OnnxRuntime, generate
 
 PROMPTS, SEEDS = ["a red cube", "a small blue metal sphere"], [3, 4]
@@ -140,3 +140,19 @@ def test_weights_that_lie_transposed_are_turned_back(tiny_bundle: Path) -> None:
     theirs = {value.half().numpy().tobytes() for value in spec.module.parameters()}
     for full in turned:
         assert stored[full.removesuffix(".T") + ".float16"].tobytes() in theirs
+
+
+def test_a_graph_is_as_large_as_itself_and_what_it_reads(tmp_path: Path) -> None:
+    matrix = numpy_helper.from_array(np.ones((64, 64), np.float16), "matrix")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["matrix"], ["out"])],
+        "one",
+        [],
+        [onnx.helper.make_tensor_value_info("out", TensorProto.FLOAT16, [64, 64])],
+        [matrix],
+    )
+    model = onnx.helper.make_model(graph)
+    onnx.save(model, tmp_path / "inside.onnx")
+    onnx.save(model, tmp_path / "outside.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    assert graph_bytes(tmp_path / "inside.onnx") == (tmp_path / "inside.onnx").stat().st_size
+    assert graph_bytes(tmp_path / "outside.onnx") == (tmp_path / "outside.onnx").stat().st_size + 64 * 64 * 2
