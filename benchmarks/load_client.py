@@ -162,7 +162,7 @@ async def _one(target: Target, index: int, arrival: Arrival, body: dict[str, Any
         try:
             file, metrics = parse(answer)
         except (ValueError, KeyError, IndexError):  # a stream that ended in an error has said 200 before
-            outcome = "failed"
+            outcome = "deadline" if b'"deadline_exceeded"' in answer.body else "failed"
     kept = file if file and index % KEEP_EVERY == 0 else None
     return Sent(arrival, outcome, latency_ms, late_ms, kept, metrics, eta_ms, preview_ms, len(answer.body))
 

@@ -255,6 +255,11 @@ def test_compared_pictures_stay_in_sight_while_the_next_one_is_made(page: playwr
     assert last and set(last) == {3}
 
 
+def stored(page: playwright.Page, count: int) -> None:
+    """Wait until the browser has written what the page shows already."""
+    page.wait_for_function(f"shelf().then(store => ended(store.count())).then(count => count === {count})")
+
+
 def test_earlier_pictures_stay_in_the_browser_until_they_are_deleted(page: playwright.Page) -> None:
     for prompt in ("a red cube", "a green sphere"):
         page.fill("#prompt", prompt)
@@ -269,9 +274,11 @@ def test_earlier_pictures_stay_in_the_browser_until_they_are_deleted(page: playw
     assert page.get_attribute("figure img", "src") == source and page.input_value("#prompt") == "a green sphere"
     page.keyboard.press("Delete")
     playwright.expect(page.locator("#past li")).to_have_count(1)
+    stored(page, 1)
     page.reload()
     playwright.expect(page.locator("#past img")).to_have_attribute("alt", re.compile("^a red cube, seed"))
     page.click("#clear")
+    stored(page, 0)
     page.reload()
     page.wait_for_selector(".examples button")
     playwright.expect(page.locator("#past li")).to_have_count(0)
@@ -287,7 +294,7 @@ def test_the_history_is_bounded_in_number_and_length(page: playwright.Page) -> N
     assert many == page.evaluate("KEPT")
     page.evaluate("remember(" + result.replace("LENGTH", "KEPT_CHARS") + ")")
     assert page.evaluate("past.length") == 1
-    page.wait_for_function("shelf().then(store => ended(store.count())).then(count => count === 1)")
+    stored(page, 1)
     page.reload()
     playwright.expect(page.locator("#past li")).to_have_count(1)
 
