@@ -45,10 +45,11 @@ def test_prompts_are_encoded_as_sd3s_pipeline_does(tiny_teacher: Folder) -> None
 def test_prompts_are_encoded_as_fluxs_pipeline_does(tiny_teacher: Folder) -> None:
     family, _ = Flux.from_folder(tiny_teacher("flux"))
     pipeline: Any = FluxPipeline.from_pretrained(tiny_teacher("flux"))
-    embeds, pooled, ids = pipeline.encode_prompt(PROMPTS)
+    with torch.no_grad():  # as the pipeline's own call: with a graph processors take other kernels
+        embeds, pooled, ids = pipeline.encode_prompt(PROMPTS)
     found = family.encode(PROMPTS)
     assert found["prompt_embeds"].shape == (2, 512, 32) and found["guidance"].tolist() == [3.5, 3.5]
-    torch.testing.assert_close(found["prompt_embeds"], embeds, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(found["prompt_embeds"], embeds, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["pooled"], pooled, rtol=1e-4, atol=1e-5)
     inputs = family.inputs(torch.zeros(2, 4, 4, 6), torch.tensor([0.5, 1.0]), found)
     assert torch.equal(inputs["txt_ids"], ids) and inputs["timestep"].tolist() == [0.5, 1.0]
