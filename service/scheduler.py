@@ -245,7 +245,7 @@ class Scheduler:
             return RANK[job.priority], late, job.submitted if late else job.target
 
         rows = sorted(flow.ready(), key=rank)
-        if oldest_first:
+        if oldest_first and rows:
             oldest = min(rows, key=lambda job: job.submitted)
             rows.remove(oldest)
             rows.insert(0, oldest)

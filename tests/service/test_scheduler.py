@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from service.budget import BatchKey, Budget
-from service.scheduler import PATIENCE, Job, Priority, Scheduler, together
+from service.scheduler import PATIENCE, RESERVED, Job, Priority, Scheduler, together
 
 SMALL = BatchKey("m", "onnx", (4, 16, 16))
 LARGE = SMALL._replace(shape=(4, 32, 32))
@@ -181,6 +181,47 @@ def test_rows_whose_text_is_not_ready_wait_without_holding_up_others(device: Dev
     waiting.ready = True
     device.run([])
     assert waiting in device.finished
+
+
+def test_an_owner_whose_rows_all_wait_for_their_text_stops_nobody(device: Device) -> None:
+    ready = [device.job(steps=8, owner="a") for _ in range(3)]
+    for job in [*ready, device.scheduler.new(SMALL, 4, 0.0, owner="b", ready=False)]:
+        device.scheduler.add(job)
+    for _ in range(2 * RESERVED):
+        rows = device.scheduler.pick(device.now)
+        assert rows and set(rows) <= set(ready)
+        device.step(rows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_comes_in_whatever_order_runs_once_and_ends(device: Device, seed: int) -> None:
+    """Random owners, shapes, lengths and times, texts that become ready late, rows that are given up."""
+    dice, scheduler = random.Random(seed), device.scheduler
+    late: list[Job] = []
+    expected: set[Job] = set()
+    for turn in range(400):
+        if turn < 200 and dice.random() < 0.7:
+            key, owner = dice.choice([SMALL, LARGE]), dice.choice("abc")
+            job = scheduler.new(key, dice.choice([1, 2, 4, 8]), device.now, owner=owner, ready=dice.random() < 0.5)
+            scheduler.add(job)
+            expected.add(job)
+            if not job.ready:
+                late.append(job)
+        if late and (turn >= 200 or dice.random() < 0.5):
+            late.pop(dice.randrange(len(late))).ready = True
+        if expected - set(device.finished) and dice.random() < 0.05:
+            given_up = dice.choice(sorted(expected - set(device.finished), key=lambda job: job.submitted))
+            scheduler.remove(given_up)
+            expected.remove(given_up)
+        rows = scheduler.pick(device.now)
+        assert len(set(rows)) == len(rows) and all(job.ready and job.key == rows[0].key for job in rows)
+        if rows:
+            device.step(rows)
+        else:
+            device.now += 0.01
+    while rows := scheduler.pick(device.now):
+        device.step(rows)
+    assert set(device.finished) == expected and not list(scheduler)
 
 
 def test_work_and_waiting_rows_are_counted(device: Device) -> None:
