@@ -39,6 +39,7 @@ from eval.shards import Shard, Shares, parse_shard
 from eval.sources import Source, generate, open_source, write_folder
 from eval.store import RunInfo, Store
 from service.runtimes.base import Precision, RuntimeChoice
+from service.settings import usable_cores
 
 DEFAULT_STORE = Path("runs/eval/scores.sqlite")
 DEFAULT_CACHE = Path("runs/eval/samples")
@@ -83,7 +84,7 @@ def run(
 ) -> tuple[str, list[Score]]:
     """Generate, score and store. Returns the run's id and its scores; a failure is stored as such and raised."""
     prompts = build_prompts(suite, samples)
-    metrics = [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
+    metrics = _metrics(source, suite, folder)
     with Store(store) as db:
         identifier = db.begin(_info(source, suite, prompts, label or source.name, command))
         done = pending = 0
@@ -129,7 +130,7 @@ def run_shard(
     if not suite.cache:
         raise EvalError(f"suite {suite.name!r} measures what making takes, which shares would distort; omit --shard")
     prompts = build_prompts(suite, samples)
-    metrics = [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
+    metrics = _metrics(source, suite, folder)
     info = _info(source, suite, prompts, label or source.name, command)
     shares = Shares(cache, shard, _identity(info, metrics))
     if shard.index in shares.missing:
@@ -164,6 +165,14 @@ def _identity(info: RunInfo, metrics: Sequence[Metric]) -> dict[str, Any]:
         "judges": [metric.judge for metric in metrics],
         "versions": info.versions,
     }
+
+
+def _metrics(source: Source, suite: Suite, folder: Path | None) -> list[Metric]:
+    """The suite's metrics, on as many threads as the bundle has: sums by another number have another last bit."""
+    import torch
+
+    torch.set_num_threads(source.about.get("threads") or usable_cores())
+    return [_metric(name, dict(options), folder, source) for name, options in suite.metrics.items()]
 
 
 def _metric(name: str, options: dict[str, Any], folder: Path | None, source: Source) -> Metric:
@@ -288,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="float32", help="of its denoiser; default: %(default)s"
     )
-    parser.add_argument("--threads", type=int, help="threads of the runtime; default: all cores")
+    parser.add_argument("--threads", type=int, help="threads of the bundle and of the judges; default: all cores")
     parser.add_argument("--shard", metavar="I/N", help="make and judge one of N shares; the last to end stores the run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ from eval.errors import EvalError
 from eval.metrics.base import Samples
 from eval.prompts import Prompt
 from service.runtimes.base import Precision, RuntimeChoice
+from service.settings import usable_cores
 
 Images = NDArray[np.uint8]
 CHUNK, CLIP_CHUNK = 64, 16
@@ -101,13 +102,13 @@ class BundleSource:
     ) -> None:
         from service.runtimes import RuntimeUnavailable, open_runtime
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._options = (threads, batch, runtime, precision)
         try:
             self._bundle = Bundle.open(path)
             self.steps, self.frames = _known_steps(self._bundle, steps), _known_frames(self._bundle, frames)
+            threads = threads or usable_cores()
             self._runtime = open_runtime(
-                self._bundle, threads=threads or cores, max_batch=batch, runtime=runtime, precision=precision
+                self._bundle, threads=threads, max_batch=batch, runtime=runtime, precision=precision
             )
         except (BundleError, RuntimeUnavailable) as error:
             raise EvalError(str(error)) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from eval import run
@@ -69,6 +70,7 @@ def everything(path: Path) -> dict[str, object]:
 
 
 def test_two_processes_give_the_digits_of_one(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    torch.set_num_threads(3)  # of whatever ran in this process before; the run has those of its command
     assert run.main(command("one")) == 0
     both = [start(command("two", "--shard", shard)) for shard in ("1/2", "2/2")]
     said = [process.communicate()[0] for process in both]
