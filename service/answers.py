@@ -134,8 +134,7 @@ def _form(plan: Plan) -> dict[str, Any]:
 def _about(drawing: Drawing, files: Sequence[File]) -> dict[str, Any]:
     """Everything of an answer but the pictures."""
     model, plan = drawing.model, drawing.plan
-    tokens = model.runtime.tokenize([plan.prompt])
-    kept, count = tokens.kept[0], tokens.counts[0]
+    kept, count = drawing.tokens.kept[0], drawing.tokens.counts[0]
     warnings = []
     if count > kept:
         warnings = [f"prompt was truncated: it has {count} tokens, {model.name} reads the first {kept}"]

@@ -66,6 +66,13 @@ class Fleet:
         told = [engine.forecast(part_of(order, indices)) for engine, indices in self._parts(order)]
         return together(told)
 
+    def expected_s(self, model: str, told_s: float) -> float:
+        return self.engines[0].expected_s(model, told_s)
+
+    def observe_answer(self, model: str, seconds: float) -> None:
+        for engine in self.engines:
+            engine.observe_answer(model, seconds)
+
     def cost_s(self, order: Order) -> float:
         return self.engines[0].cost_s(order)
 

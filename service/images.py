@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,6 +105,7 @@ class Drawing:
         self._known = {seed: data for seed in plan.seeds if (data := self._look_up(seed)) is not None}
         self._missing = tuple(seed for seed in plan.seeds if seed not in self._known)
         self._rows = self._submit() if self._missing else []
+        self.tokens = model.runtime.tokenize([plan.prompt])  # while the engine computes
         self._waiting = asyncio.gather(*(asyncio.wrap_future(row) for row in self._rows))
         self._waiting.add_done_callback(lambda _: self._steps.put_nowait(None))
         self._name = (state.owner, state.request_id)
@@ -131,7 +132,14 @@ class Drawing:
                 raise Disconnected
         pictures = dict(zip(self._missing, self._pictures(), strict=True))
         encoded = dict(zip(pictures, await asyncio.gather(*(self._encode(p) for p in pictures.values())), strict=True))
+        self._observe(pictures.values())
         return [encoded[seed] if seed in encoded else File(self._known[seed], seed, None) for seed in self.plan.seeds]
+
+    def _observe(self, pictures: Collection[Picture]) -> None:
+        """Tell the engine what was not its own time, so that it can tell others when to expect an answer."""
+        if pictures:
+            engine_ms = max(p.queue_ms + p.encode_text_ms + p.denoise_ms + p.decode_ms for p in pictures)
+            self.model.engine.observe_answer(self.model.name, time.perf_counter() - self.begun - engine_ms / 1e3)
 
     async def progress(self, gone: Gone) -> AsyncIterator[Preview | Progress | None]:
         """What can be told until the picture is done: progress if asked for, and previews. None: nothing new."""
@@ -161,7 +169,8 @@ class Drawing:
     def _progress(self, done: int) -> Progress:
         ahead = self.model.engine.outlook(self._rows)
         percent = round(100 * done / (self.plan.steps + 1))
-        return Progress(done, percent, ahead.position, round(ahead.seconds * 1e3, 1))
+        eta_s = self.model.engine.expected_s(self.model.name, ahead.seconds)
+        return Progress(done, percent, ahead.position, round(eta_s * 1e3, 1))
 
     def _submit(self) -> list[Future[Picture]]:
         plan = self.plan

@@ -229,7 +229,8 @@ def estimate(hub: Hub, asked: ImageRequest, state: RequestState) -> dict[str, An
     eta_ms, position = None, None
     try:
         ahead = model.engine.forecast(order)
-        eta_ms, position = round(ahead.seconds * 1e3, 1), ahead.position
+        eta_ms = round(model.engine.expected_s(model.name, ahead.seconds) * 1e3, 1)
+        position = ahead.position
         if plan.deadline_s is not None and ahead.seconds > plan.deadline_s:
             error = deadline_exceeded(plan.deadline_s, ahead.seconds)
     except QueueFull as full:
