@@ -124,4 +124,4 @@ def test_an_answer_is_expected_when_others_got_theirs_lately() -> None:
     assert budget.expected_s("m", 1.0) == pytest.approx(2.0 * (1.0 + 0.5) + 0.25, rel=1e-3)
     assert budget.expected_s("other", 1.0) == 1.0, "models do not share what comes later"
     budget.observe_crowding("m", 1e-9, 1e9)
-    assert budget.expected_s("m", 1.0) < 3.0, "one strange measurement does not count for much"
+    assert budget.expected_s("m", 1.0) < 3.4, "one strange measurement does not count for much"
