@@ -111,7 +111,7 @@ def parse(body: bytes, kind: type[R]) -> R:
 def load(body: bytes) -> dict[str, Any]:
     """The object in a JSON body. Raises ApiError."""
     try:
-        data = json.loads(body, parse_constant=_no_constant, parse_float=_number)
+        data = load_any(body)
     except (ValueError, RecursionError) as error:
         raise invalid(
             None, f"the body is not JSON: {error}; send an object such as {_EXAMPLE}", "invalid_json"
@@ -121,6 +121,11 @@ def load(body: bytes) -> dict[str, Any]:
             None, f"the body is a JSON {type(data).__name__}; send an object such as {_EXAMPLE}", "invalid_json"
         )
     return data
+
+
+def load_any(text: str | bytes) -> Any:
+    """What JSON holds, without NaN and infinities. Raises ValueError, or RecursionError for what is nested too deep."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_number)
 
 
 def without_aliases(data: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class VideoRequest(BaseModel):
     priority: Priority = Field(default="normal", description="high, normal or low")
     deadline_ms: int | None = Field(default=None, ge=1, le=86_400_000, description="milliseconds from 1 to 86400000")
     cache: bool = Field(default=True, description="true or false")
-    loras: list[LoraWish] = Field(default=[], max_length=4, description=LORAS)
+    loras: list[LoraWish] = Field(default=[], max_length=4, description=f"{LORAS}, which a form has as JSON")
     user: str | None = Field(default=None, description="a text")
     safety_identifier: str | None = Field(default=None, description="a text")
 
@@ -86,8 +86,22 @@ def parse(body: bytes) -> VideoRequest:
 
 
 def parse_form(fields: dict[str, str]) -> VideoRequest:
-    """The request in a form, where every value is a text. Raises ApiError that names the field."""
-    return schemas.validate(schemas.without_aliases(dict(fields)), VideoRequest, texts=True)
+    """The request in a form, where every value is a text and loras are JSON. Raises ApiError that names the field."""
+    given = schemas.without_aliases(dict(fields))
+    loras = given.pop("loras", None)
+    request = schemas.validate(given, VideoRequest, texts=True)
+    if loras is None:
+        return request
+    listed = schemas.validate({"prompt": request.prompt, "loras": _list_in(loras)}, VideoRequest)
+    return request.model_copy(update={"loras": listed.loras})
+
+
+def _list_in(text: str) -> Any:
+    """What a text holds as JSON; one that is none stays as it is, for the message about it."""
+    try:
+        return schemas.load_any(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def plan(request: VideoRequest, manifest: Manifest, settings: Settings) -> VideoPlan:

@@ -45,8 +45,8 @@ class Gpu:
         return f"sm{major}{minor}"
 
 
-class Driver:
-    """The calls that an engine needs. Raises CudaUnavailable when there is no driver or no GPU."""
+class Library:
+    """The driver's library, which has no GPU current yet. Raises CudaUnavailable when there is no driver or no GPU."""
 
     def __init__(self) -> None:
         try:
@@ -56,13 +56,12 @@ class Driver:
         code = self._library.cuInit(c_uint(0))
         if code:
             raise CudaUnavailable(f"the NVIDIA driver does not start: {self._explain(code)}")
-        count, device, self._context = c_int(), c_int(), c_void_p()
+        count = c_int()
         self.call("cuDeviceGetCount", byref(count))
-        if not count.value:
+        self.gpus = count.value
+        """Those that CUDA_VISIBLE_DEVICES lets through."""
+        if not self.gpus:
             raise CudaUnavailable("the NVIDIA driver sees no GPU; look at CUDA_VISIBLE_DEVICES")
-        self.call("cuDeviceGet", byref(device), c_int(0))
-        self.gpu = self._describe(device)
-        self.call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
     def call(self, name: str, *arguments: object) -> None:
         """One driver call. Raises CudaError with the driver's own words."""
@@ -70,6 +69,22 @@ class Driver:
         code = function(*arguments)
         if code:
             raise CudaError(f"{name} failed: {self._explain(code)}")
+
+    def _explain(self, code: int) -> str:
+        text = c_char_p()
+        self._library.cuGetErrorString(c_int(code), byref(text))
+        return f"{text.value.decode(errors='replace') if text.value else 'unknown error'} (error {code})"
+
+
+class Driver(Library):
+    """The calls that an engine needs, on one GPU. Raises CudaUnavailable when there is no driver or no GPU."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__()
+        device, self._context = c_int(), c_void_p()
+        self.call("cuDeviceGet", byref(device), c_int(index))
+        self.gpu = self._describe(device)
+        self.call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
     def enter(self) -> None:
         """Make the GPU current in this thread; what is allocated belongs to it."""
@@ -82,29 +97,33 @@ class Driver:
         self.call("cuDeviceGetAttribute", byref(minor), c_int(_CAPABILITY_MINOR), device)
         return Gpu(name.value.decode(errors="replace"), (major.value, minor.value))
 
-    def _explain(self, code: int) -> str:
-        text = c_char_p()
-        self._library.cuGetErrorString(c_int(code), byref(text))
-        return f"{text.value.decode(errors='replace') if text.value else 'unknown error'} (error {code})"
-
 
 @functools.cache
-def driver() -> Driver:
-    """The process's only Driver. Raises CudaUnavailable."""
-    return Driver()
+def driver(index: int = 0) -> Driver:
+    """The process's only Driver of a GPU. Raises CudaUnavailable."""
+    return Driver(index)
 
 
-def find_gpu() -> Gpu:
-    """The GPU that engines run on, the first that is visible. Raises CudaUnavailable."""
-    return driver().gpu
+def find_gpu(index: int = 0) -> Gpu:
+    """The GPU that engines run on, the first that is visible unless told. Raises CudaUnavailable."""
+    return driver(index).gpu
+
+
+def gpu_of(replica: int) -> int:
+    """The number of the GPU that a replica goes to, in turns; 0 where there is none. Takes no memory of any GPU."""
+    try:
+        return replica % Library().gpus if replica else 0
+    except CudaUnavailable:
+        return 0
 
 
 class Buffer:
-    """Memory of the GPU for one tensor of fixed shape, with its own array on the host. Freed with the object."""
+    """Memory of a GPU for one tensor of fixed shape, with its own array on the host. Freed with the object."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], gpu: int = 0) -> None:
         self.host: NDArray[np.generic] = np.zeros(shape, dtype)
-        self._driver, pointer = driver(), c_uint64()
+        self._driver, pointer = driver(gpu), c_uint64()
+        self._driver.enter()
         self._driver.call("cuMemAlloc_v2", byref(pointer), c_size_t(max(self.host.nbytes, 1)))
         self.address = pointer.value
 
@@ -125,10 +144,10 @@ class Buffer:
 
 
 class Stream:
-    """A queue of work on the GPU, and the graphs that were recorded from it."""
+    """A queue of work on a GPU, and the graphs that were recorded from it."""
 
-    def __init__(self) -> None:
-        self._driver, self.handle = driver(), c_void_p()
+    def __init__(self, gpu: int = 0) -> None:
+        self.gpu, self._driver, self.handle = gpu, driver(gpu), c_void_p()
         self._driver.enter()
         self._driver.call("cuStreamCreate", byref(self.handle), c_uint(_NON_BLOCKING))
 

@@ -105,8 +105,8 @@ def mismatch(engine: Engine, version: str, gpu: Gpu, graph_sha256: str) -> str |
     return None
 
 
-def fitting(bundle: Bundle, precision: str) -> tuple[Flavour, dict[str, Engine]]:
-    """The flavour and the engines, by graph, that run on this machine.
+def fitting(bundle: Bundle, precision: str, gpu: int = 0) -> tuple[Flavour, dict[str, Engine]]:
+    """The flavour and the engines, by graph, that run on this machine's GPU of that number.
 
     Graphs that have none in ``precision`` may be float32. Raises EngineRefused with all that stands in the way.
     """
@@ -119,7 +119,7 @@ def fitting(bundle: Bundle, precision: str) -> tuple[Flavour, dict[str, Engine]]
     if not flavours:
         raise EngineRefused(f"TensorRT is not installed; run: {INSTALL}")
     try:
-        gpu = find_gpu()
+        found = find_gpu(gpu)
     except CudaUnavailable as error:
         raise EngineRefused(f"TensorRT needs an NVIDIA GPU: {error}") from None
     reasons = []
@@ -132,7 +132,7 @@ def fitting(bundle: Bundle, precision: str) -> tuple[Flavour, dict[str, Engine]]
                 candidates += bundle.engines(graph, flavour)
             for engine in candidates:
                 source = bundle.manifest.files[bundle.engine(graph, "onnx", engine.precision).file]
-                why = mismatch(engine, version, gpu, source)
+                why = mismatch(engine, version, found, source)
                 if why is None:
                     chosen[graph] = engine
                     break
@@ -169,16 +169,18 @@ class Log:
 
 
 class TensorRtEngine:
-    """One engine, called with numpy arrays. A context, buffers and a CUDA graph are kept per shape of the inputs.
+    """One engine on one GPU, called with numpy arrays.
+
+    A context, buffers and a CUDA graph are kept per shape of the inputs.
 
     Not for several threads at once. Under TensorRT-RTX kernels are compiled for this GPU at the first call of a shape;
     ``cache`` keeps them, so that the next process starts at once.
     """
 
-    def __init__(self, path: Path, flavour: Flavour, cache: Path | None = None) -> None:
-        """Raises EngineRefused when TensorRT or the GPU does not take the file."""
+    def __init__(self, path: Path, flavour: Flavour, cache: Path | None = None, gpu: int = 0) -> None:
+        """gpu: its number. Raises EngineRefused when TensorRT or the GPU does not take the file."""
         self._trt, self._path = package(flavour), path
-        self._log, self._stream = Log(self._trt), Stream()
+        self._log, self._stream = Log(self._trt), Stream(gpu)
         self._runtime = self._trt.Runtime(self._log.logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
@@ -191,7 +193,7 @@ class TensorRtEngine:
 
     def run(self, feed: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name; the arrays belong to the caller. Raises ValueError for a shape outside the profile."""
-        driver().enter()
+        driver(self._stream.gpu).enter()
         key = tuple(tuple(feed[name].shape) for name in self.inputs)
         if key not in self._plans:
             self._plans[key] = self._prepare(dict(zip(self.inputs, key, strict=True)))
@@ -269,7 +271,7 @@ class _Plan:
         self._buffers = {}
         for name in (*shapes, *outputs):
             dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
-            self._buffers[name] = Buffer(tuple(context.get_tensor_shape(name)), dtype)
+            self._buffers[name] = Buffer(tuple(context.get_tensor_shape(name)), dtype, stream.gpu)
             context.set_tensor_address(name, self._buffers[name].address)
         self._inputs = tuple(shapes)
         for name in shapes:  # whatever lies in fresh memory is no index of a table

@@ -63,9 +63,9 @@ def open_runtime(
     TensorRT is for engines of this very machine: where the bundle has none, or there is no GPU, another runtime is
     taken and its capabilities tell why; so it is with "auto" and a bundle that was not exported, which torch takes
     where it is installed. "fastest" is ONNX Runtime or OpenVINO, whichever draws faster here and now, so that another
-    start may make other pictures. replica: the how manieth of this bundle, which with torch goes to the GPU of that
-    number. Raises RuntimeUnavailable for a choice that this machine cannot serve, BundleError for a bundle without the
-    graphs.
+    start may make other pictures. replica: the how manieth of this bundle, which goes to the GPU of that
+    number where the runtime computes on one. Raises RuntimeUnavailable for a choice that this machine cannot serve,
+    BundleError for a bundle without the graphs.
     """
     if runtime == "fastest":
         return _fastest(bundle, precision, threads, max_batch, replica)
@@ -78,7 +78,7 @@ def open_runtime(
         from service.runtimes.tensorrt import TensorRtRuntime
 
         try:
-            return TensorRtRuntime(bundle, threads=threads, max_batch=max_batch, precision=fixed)
+            return TensorRtRuntime(bundle, threads=threads, max_batch=max_batch, precision=fixed, replica=replica)
         except EngineRefused as error:
             reason = str(error)
         name, fixed = _instead_of_tensorrt(precision)
@@ -124,7 +124,7 @@ def _open(
     bundle: Bundle, name: RuntimeName, precision: FixedPrecision, threads: int, max_batch: int, replica: int
 ) -> GraphRuntime:
     if name == "onnx":
-        return OnnxRuntime(bundle, threads=threads, max_batch=max_batch, precision=precision)
+        return OnnxRuntime(bundle, threads=threads, max_batch=max_batch, precision=precision, replica=replica)
     if name == "torch":
         from service.runtimes.torch import TorchRuntime
 

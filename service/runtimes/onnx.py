@@ -24,6 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from distill.bundle import Bundle, BundleError
+from distill.engines.cuda import gpu_of
 from service.runtimes.base import Conditioning, FixedPrecision
 from service.runtimes.graphs import GraphRuntime, graph_engine
 
@@ -31,20 +32,23 @@ Provider = str | tuple[str, dict[str, Any]]
 GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
 
-def providers(available: Sequence[str], cache: Path) -> list[Provider]:
+def providers(available: Sequence[str], cache: Path, gpu: int = 0) -> list[Provider]:
     """The providers to offer a session, best first, with options that make a seed give one picture.
+
+    gpu: its number, for those that compute on one.
 
     CUDA: kernels are picked by rule and not by a timing at load, and float32 is float32 instead of TF32. TensorRT does
     time, so what it built is kept in ``cache``.
     """
     options: dict[str, dict[str, Any]] = {
         "TensorrtExecutionProvider": {
+            "device_id": gpu,
             "trt_engine_cache_enable": True,
             "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(cache),
         },
-        "CUDAExecutionProvider": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": False},
+        "CUDAExecutionProvider": {"device_id": gpu, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": False},
     }
     found: list[Provider] = [(name, options[name]) for name in GPU_PROVIDERS if name in available]
     return [*found, "CPUExecutionProvider"]
@@ -59,23 +63,35 @@ class OnnxRuntime(GraphRuntime):
 
     name = "onnx"
 
-    def __init__(self, bundle: Bundle, *, threads: int, max_batch: int, precision: FixedPrecision = "float32") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        max_batch: int,
+        precision: FixedPrecision = "float32",
+        replica: int = 0,
+    ) -> None:
+        """On the GPU number ``replica``, modulo how many there are, where a provider has GPUs."""
+        self._gpu = gpu_of(replica) if has_gpu_provider() else 0
         super().__init__(bundle, threads=threads, max_batch=max_batch, precision=precision)
 
     def version(self) -> str:
         return str(ort.__version__)
 
     def _load(self, bundle: Bundle, graph: str) -> OnnxGraph:
-        loaded = OnnxGraph(bundle, graph, self.threads, self.precision)
+        loaded = OnnxGraph(bundle, graph, self.threads, self.precision, self._gpu)
         if graph == "step":
-            self.device = "cpu" if loaded.provider == "CPUExecutionProvider" else "cuda"
+            self.device = "cpu" if loaded.provider == "CPUExecutionProvider" else f"cuda:{self._gpu}"
         return loaded
 
 
 class OnnxGraph:
     """service.runtimes.graphs.Graph as a session; one session takes any number of rows."""
 
-    def __init__(self, bundle: Bundle, graph: str, threads: int, precision: FixedPrecision = "float32") -> None:
+    def __init__(
+        self, bundle: Bundle, graph: str, threads: int, precision: FixedPrecision = "float32", gpu: int = 0
+    ) -> None:
         engine = graph_engine(bundle, graph, precision)
         path, self.outputs = bundle.file(engine.file), tuple(engine.outputs)
         options = ort.SessionOptions()
@@ -85,7 +101,7 @@ class OnnxGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            offered = providers(ort.get_available_providers(), _engine_cache())
+            offered = providers(ort.get_available_providers(), _engine_cache(), gpu)
             self._session = ort.InferenceSession(str(path), options, providers=offered)
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             first = str(error).splitlines()[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.bundle import Bundle, Engine
+from distill.engines.cuda import gpu_of
 from distill.engines.tensorrt import Flavour, TensorRtEngine, fitting, kernel_cache, package
 from service.runtimes.base import Conditioning, FixedPrecision
 from service.runtimes.graphs import GraphRuntime
@@ -18,11 +19,22 @@ from service.runtimes.graphs import GraphRuntime
 class TensorRtRuntime(GraphRuntime):
     """Every graph as an engine of TensorRT or TensorRT-RTX."""
 
-    device = "cuda"
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int,
+        max_batch: int,
+        precision: FixedPrecision = "float32",
+        replica: int = 0,
+    ) -> None:
+        """On the GPU number ``replica``, modulo how many there are; see GraphRuntime. Batches end where profiles do.
 
-    def __init__(self, bundle: Bundle, *, threads: int, max_batch: int, precision: FixedPrecision = "float32") -> None:
-        """See GraphRuntime. Raises EngineRefused when no engine fits this machine; batches end where profiles do."""
-        self.name, self._engines = fitting(bundle, precision)
+        Raises EngineRefused when no engine fits this machine.
+        """
+        self._gpu = gpu_of(replica)
+        self.device = f"cuda:{self._gpu}"
+        self.name, self._engines = fitting(bundle, precision, self._gpu)
         rows = greatest_rows(self._engines["step"])
         super().__init__(bundle, threads=threads, max_batch=min(max_batch, rows), precision=precision)
 
@@ -36,7 +48,7 @@ class TensorRtRuntime(GraphRuntime):
     def _load(self, bundle: Bundle, graph: str) -> TensorRtGraph:
         path = bundle.file(self._engines[graph].file)
         return TensorRtGraph(
-            TensorRtEngine(path, self._flavour, kernel_cache(path)), tuple(self._engines[graph].outputs)
+            TensorRtEngine(path, self._flavour, kernel_cache(path), self._gpu), tuple(self._engines[graph].outputs)
         )
 
 

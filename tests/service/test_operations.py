@@ -60,6 +60,12 @@ def test_every_metric_and_setting_that_is_named_exists(name: str) -> None:
     assert settings <= set(Settings.model_fields)
 
 
+def test_the_board_draws_every_metric() -> None:
+    text = (FOLDER / "service.grafana.json").read_text()
+    drawn = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"\bleapfrog_[a-z_]+\b", text)}
+    assert drawn == set(labels())
+
+
 def test_the_image_is_made_of_what_there_is_and_runs_without_rights() -> None:
     text = (FOLDER / "service.Dockerfile").read_text().replace("\\\n", " ")
     lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]

@@ -274,15 +274,41 @@ def test_earlier_pictures_stay_in_the_browser_until_they_are_deleted(page: playw
     assert page.get_attribute("figure img", "src") == source and page.input_value("#prompt") == "a green sphere"
     page.keyboard.press("Delete")
     playwright.expect(page.locator("#past li")).to_have_count(1)
-    stored(page, 1)
     page.reload()
     playwright.expect(page.locator("#past img")).to_have_attribute("alt", re.compile("^a red cube, seed"))
     page.click("#clear")
-    stored(page, 0)
+    playwright.expect(page.locator("#history")).to_be_hidden()
     page.reload()
     page.wait_for_selector(".examples button")
     playwright.expect(page.locator("#past li")).to_have_count(0)
     assert page.locator("#history").is_hidden()
+
+
+CLEAR_AND_RELOAD = """
+leaving = true;
+new MutationObserver(() => $("history").hidden && location.reload())
+  .observe($("history"), {attributes: true});
+$("clear").click();
+"""
+
+
+@pytest.mark.parametrize("leave", [CLEAR_AND_RELOAD, "leaving = true; $('clear').click(); location.reload()"])
+def test_a_cleared_history_does_not_come_back_with_a_reload_at_once(
+    browser: playwright.Browser, server: Server, leave: str
+) -> None:
+    """In the moment in which the page says that it is cleared, and in that of the click."""
+    several = (
+        "for (let i = 0; i < 8; i++) remember({body: {}, pictures: [{source: 'data:,' + 'x'.repeat(1e6), seed: i}]})"
+    )
+    for opened in open_page(browser, server, "desktop"):
+        for _ in range(3):
+            opened.evaluate(several)
+            stored(opened, 8)
+            opened.reload()
+            playwright.expect(opened.locator("#past li")).to_have_count(8)
+            opened.evaluate(leave)
+            opened.wait_for_function("typeof leaving === 'undefined'")
+            assert opened.evaluate("shelf().then(store => ended(store.count()))") == 0
 
 
 def test_the_history_is_bounded_in_number_and_length(page: playwright.Page) -> None:

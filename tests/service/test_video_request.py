@@ -114,6 +114,30 @@ def test_a_form_means_what_the_same_json_means(manifest: Manifest) -> None:
         assert error.value.param == next(iter(wrong))
 
 
+def test_a_form_names_loras_in_json(manifest: Manifest) -> None:
+    loras = [{"name": "ink", "scale": 0.5}, {"name": "oil"}]
+    form = parse_form({"prompt": "a red cube", "seed": "7", "loras": json.dumps(loras)})
+    assert form == parse(json.dumps({"prompt": "a red cube", "seed": 7, "loras": loras}).encode())
+    assert plan(form, manifest, Settings()).loras == (("ink", 0.5), ("oil", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("loras", "param"),
+    [
+        ("ink", "loras"),
+        ('{"name": "ink"}', "loras"),
+        ("[" * 100_000, "loras"),
+        ('[{"name": "ink", "scale": NaN}]', "loras"),
+        ('[{"name": "ink", "scale": "1"}]', "loras.0.scale"),
+        ('[{"name": "ink", "scales": 1}]', "loras.0.scales"),
+    ],
+)
+def test_loras_of_a_form_are_as_strict_as_those_of_json(loras: str, param: str) -> None:
+    with pytest.raises(ApiError, match=r"give up to 4 of GET /v1/loras, such as .* which a form has as JSON") as error:
+        parse_form({"prompt": "a red cube", "loras": loras})
+    assert (error.value.param, error.value.status) == (param, 400)
+
+
 def test_json_is_typed_strictly() -> None:
     with pytest.raises(ApiError) as error:
         parse(b'{"prompt": "a red cube", "seed": "7"}')

@@ -108,7 +108,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with an RTX 4090 and TensorRT-RTX, as far as the choice of engines asks."""
     monkeypatch.setattr(module, "installed", lambda: ["tensorrt-rtx"])
     monkeypatch.setattr(module, "package", lambda flavour: types.SimpleNamespace(__version__=VERSION))
-    monkeypatch.setattr(module, "find_gpu", lambda: RTX4090)
+    monkeypatch.setattr(module, "find_gpu", lambda index: RTX4090)
     return monkeypatch
 
 
@@ -121,7 +121,7 @@ def test_engines_that_fit_are_found_for_every_graph(with_engines: Bundle) -> Non
 
 
 def test_another_gpu_is_refused_with_every_reason(with_engines: Bundle, machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(module, "find_gpu", lambda: H100)
+    machine.setattr(module, "find_gpu", lambda index: H100)
     with pytest.raises(EngineRefused, match=r"for GPUs of architecture sm80\+, this one \(H100\) is sm90"):
         fitting(with_engines, "float32")
 
@@ -142,7 +142,7 @@ def test_what_is_missing_is_said_in_order(
         fitting(with_engines, "float32")
     monkeypatch.setattr(module, "installed", lambda: ["tensorrt-rtx"])
 
-    def no_gpu() -> Gpu:
+    def no_gpu(index: int) -> Gpu:
         raise CudaUnavailable("libcuda.so.1 is not found: no NVIDIA driver is installed")
 
     monkeypatch.setattr(module, "find_gpu", no_gpu)

@@ -12,10 +12,11 @@ from distill.bundle import Bundle, Engine, Target
 from distill.engines import tensorrt as engines
 from distill.engines.cuda import CudaUnavailable, Gpu
 from service.runtimes import OnnxRuntime, generate, open_runtime
+from service.runtimes import tensorrt as runtimes
 from service.runtimes.tensorrt import greatest_rows
 
 
-def no_gpu() -> Gpu:
+def no_gpu(index: int) -> Gpu:
     raise CudaUnavailable("libcuda.so.1 is not found: no NVIDIA driver is installed")
 
 
@@ -56,6 +57,23 @@ def test_a_machine_without_a_gpu_refuses_before_it_loads_an_engine(
     monkeypatch.setattr(engines, "find_gpu", no_gpu)
     with pytest.raises(engines.EngineRefused, match="TensorRT needs an NVIDIA GPU: libcuda"):
         engines.fitting(Bundle(bundle.path, manifest), "float32")
+
+
+def test_a_replica_looks_for_engines_of_the_gpu_of_its_number(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fitting(bundle: Bundle, precision: str, gpu: int) -> None:
+        asked.append(gpu)
+        raise engines.EngineRefused("no engine fits")
+
+    monkeypatch.setattr(runtimes, "gpu_of", lambda replica: replica % 2)
+    monkeypatch.setattr(runtimes, "fitting", fitting)
+    for replica in range(3):
+        with pytest.raises(engines.EngineRefused):
+            runtimes.TensorRtRuntime(Bundle.open(tiny_bundle), threads=1, max_batch=1, replica=replica)
+    assert asked == [0, 1, 0]
 
 
 def test_batches_end_where_the_narrowest_profile_does() -> None:
