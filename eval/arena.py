@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.errors import EvalError
+from eval.errors import EvalError, nearest
 from eval.pictures import data_url, fps_of, pictures
 from eval.run import DEFAULT_CACHE, DEFAULT_STORE
 from eval.statistics import Interval, bootstrap_mean
@@ -76,9 +76,12 @@ class Votes:
 
     def __init__(self, path: Path, candidate: str, baseline: str) -> None:
         self._of, self._lock = (candidate, baseline), threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, check_same_thread=False)
-        self._db.execute(_SCHEMA)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, check_same_thread=False)
+            self._db.execute(_SCHEMA)
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise EvalError(f"{path} cannot keep votes: {error}; give another --votes") from None
 
     def cast(self, question: Question, choice: Choice) -> None:
         won = 0.5 if choice == "tie" else float((choice == "left") == question.candidate_left)
@@ -159,9 +162,28 @@ def collect(store: Store, candidate: dict[str, Any], baseline: dict[str, Any], c
 
 
 def find_run(store: Store, name: str, suite: str) -> dict[str, Any]:
-    """By label and suite, or by id. Raises EvalError."""
-    labelled = store.runs(label=name, suite=suite)
-    return labelled[0] if labelled else store.run(name)
+    """By label and suite, or by id. Raises EvalError with the nearest label, or with the suites that the label has."""
+    found = store.runs(label=name, suite=suite) or [run for run in store.runs() if run["id"] == name]
+    if found:
+        return found[0]
+    elsewhere = sorted({str(run["suite"]) for run in store.runs(label=name)})
+    if elsewhere:
+        raise EvalError(f"{name!r} has no complete run of {suite}; give --suite {' or '.join(elsewhere)}")
+    labels = {str(run["label"]) for run in store.runs(suite=suite)}
+    if not labels:
+        raise EvalError(f"{store.path} has no complete run of {suite}; score one, or give another --suite")
+    raise EvalError(f"{store.path} has no run of {suite} labelled {name!r}, nor of that id; {nearest(name, labels)}")
+
+
+def find_runs(path: Path, names: Sequence[str], suite: str, cache: Path) -> tuple[list[dict[str, Any]], list[Pair]]:
+    """Candidate and baseline with what both drew. Raises EvalError for runs that cannot be told apart or shown."""
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; score something first with python -m eval.run")
+    with Store(path) as store:
+        candidate, baseline = (find_run(store, name, suite) for name in names)
+        if candidate["id"] == baseline["id"]:
+            raise EvalError(f"candidate and baseline are both run {candidate['id']}; give two different runs")
+        return [candidate, baseline], collect(store, candidate, baseline, cache)
 
 
 def describe(candidate: str, baseline: str, votes: Votes) -> str:
@@ -240,7 +262,11 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 
 def make_server(arena: Arena, host: str, port: int) -> ThreadingHTTPServer:
-    return ThreadingHTTPServer((host, port), type("Bound", (Handler,), {"arena": arena}))
+    """port: 0 takes a free one. Raises EvalError for an address that cannot be had."""
+    try:
+        return ThreadingHTTPServer((host, port), type("Bound", (Handler,), {"arena": arena}))
+    except (OSError, OverflowError) as error:
+        raise EvalError(f"{host}:{port} cannot be served: {error}; give another --host or --port") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -257,15 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=3300, help="default: %(default)s")
     args = parser.parse_args(arguments)
     try:
-        with Store(args.store) as store:
-            runs = [find_run(store, name, args.suite) for name in (args.candidate, args.baseline)]
-            pairs = collect(store, runs[0], runs[1], args.cache)
+        runs, pairs = find_runs(args.store, (args.candidate, args.baseline), args.suite, args.cache)
         votes = Votes(args.votes, runs[0]["id"], runs[1]["id"])
         server = make_server(Arena(pairs, votes), args.host, args.port)
     except (EvalError, OSError, sqlite3.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    print(f"{len(pairs)} pairs at http://{args.host}:{server.server_port}; Ctrl-C ends")
+    print(f"{len(pairs)} pairs at http://{args.host}:{server.server_port}; Ctrl-C ends", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from eval import judges
 from eval.env import interpreter, recipe_names
-from eval.errors import EvalError
+from eval.errors import EvalError, nearest
 from eval.run import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -292,6 +292,8 @@ def examine(folder: Path | None, store: Path, only: Sequence[str] | None = None)
             checks.append(replace(check(name, elsewhere[name](name, folder)), needed=bool(only)))
         elif name in PROBES:
             checks.append(check(name, metric_probe(name, folder)))
+        elif name not in registered():
+            checks.append(Check(name, False, f"--metric is {name!r}; {nearest(name, registered())}"))
         else:
             checks.append(Check(name, False, "no suite uses this metric; add one to eval/suites and to PROBES"))
     environments = [replace(check(f"env {name}", environment_probe(name)), needed=False) for name in recipe_names()]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from eval.errors import EvalError
+from eval.errors import EvalError, nearest
 from eval.run import DEFAULT_STORE
 from eval.store import Store
 
@@ -69,6 +69,16 @@ def rows(store: Store, table: str, *, label: str | None = None, suite: str | Non
                 ]  # fmt: skip
     else:
         yield store.baselines() if table == "baselines" else store.nights()
+
+
+def require_runs(store: Store, label: str | None, suite: str | None) -> None:
+    """Raises EvalError where a label or a suite, or both together, leave no complete run."""
+    for name, value in (("label", label), ("suite", suite)):
+        known = {str(run[name]) for run in store.runs()}
+        if value is not None and value not in known:
+            raise EvalError(f"{store.path} has no complete run with --{name} {value!r}; {nearest(value, known)}")
+    if label is not None and suite is not None and not store.runs(label=label, suite=suite):
+        raise EvalError(f"{store.path} has no complete run of {suite} labelled {label!r}; give one of the two alone")
 
 
 def _kept(table: str, block: Iterable[Row]) -> list[Row]:
@@ -147,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not args.store.is_file():
             raise EvalError(f"{args.store} is missing; score something first with python -m eval.run")
+        if args.folder.exists() and not args.folder.is_dir():
+            raise EvalError(f"{args.folder} is a file; give a folder")
         with Store(args.store) as store:
+            require_runs(store, args.label, args.suite)
             written = export(store, args.folder, args.format, label=args.label, suite=args.suite)
     except (EvalError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

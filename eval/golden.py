@@ -27,6 +27,8 @@ from eval.prompts import Prompt
 
 GOLDEN = Path(__file__).parent / "golden.yaml"
 SEED, COUNT, SIZE = 20_260_101, 8, 256
+FRAMES, PAN = 17, 4
+"""Of the golden clips; pixels by which each frame lies further right than the one before."""
 TEXTS = ("a red cube", "two cats on a sofa", "a castle at night, oil painting", "the letter A")
 EXTRACTORS = {
     "fid": "inception-v3",
@@ -36,6 +38,8 @@ EXTRACTORS = {
 """Published extractors behind distances; their golden values are lengths of features and cosines to the first ones."""
 SCORERS = (*KINDS, "aesthetic")
 METRICS = (*SCORERS, *EXTRACTORS)
+OF_CLIPS = frozenset({"videoalign"})
+"""Scorers that judge motion, and so the golden clips."""
 RELATIVE = 1e-3
 """How far a value may be from the expected one, in parts of it: other processors and batches move the sixth digit,
 half precision the third."""
@@ -75,9 +79,15 @@ def pictures() -> tuple[NDArray[np.uint8], tuple[Prompt, ...]]:
     return images, tuple(Prompt(f"golden-{i}", TEXTS[i % len(TEXTS)], i) for i in range(COUNT))
 
 
-def measure(name: str, folder: Path | None, source: str = "") -> tuple[NDArray[np.float64], str]:
-    """The values of a metric on the golden pictures and the sha256 of its weights. Raises EvalError without them."""
+def clips() -> tuple[NDArray[np.uint8], tuple[Prompt, ...]]:
+    """(8, 17, 3, 256, 256) uint8 and their prompts: the golden pictures, panned by whole pixels."""
     images, prompts = pictures()
+    return np.stack([np.roll(images, PAN * frame, axis=-1) for frame in range(FRAMES)], axis=1), prompts
+
+
+def measure(name: str, folder: Path | None, source: str = "") -> tuple[NDArray[np.float64], str]:
+    """Values on the golden pictures, or clips, and the sha256 of the weights. Raises EvalError without them."""
+    images, prompts = clips() if name in OF_CLIPS else pictures()
     if name in SCORERS:
         metric = create(name, source=source) if name in KINDS else create(name, folder=folder)
         metric.update(Samples(images, prompts))

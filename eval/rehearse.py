@@ -43,12 +43,13 @@ _EPOCH, _PANELS = "2026-01-{:02}", 14
 @dataclass(frozen=True)
 class Judged:
     """One night. changes: by metric, positive is worse. red: the metrics that regressed, suspected: those looked at
-    again."""
+    again. watched: those that training used as a reward, which turn nothing red."""
 
     name: str
     changes: dict[str, float]
     red: tuple[str, ...]
     suspected: tuple[str, ...]
+    watched: tuple[str, ...] = ()
 
 
 class Rehearsal:
@@ -85,6 +86,7 @@ class Rehearsal:
             {metric: -finding.evidence.delta for metric, finding in found.items()},
             tuple(row.gate.metric for row in rows if row.verdict is Verdict.REGRESSION),
             tuple(metric for metric, finding in found.items() if finding.suspected),
+            tuple(row.gate.metric for row in rows if row.watched),
         )
 
     def clean(self, number: int) -> Judged:
@@ -125,8 +127,8 @@ def expected(gates: Gates, only: Sequence[str] | None) -> tuple[Canary, ...]:
 
 
 def seen(judged: Judged, canary: Canary) -> bool:
-    """Whether the stated metric turned red, by at least the stated effect."""
-    return canary.metric in judged.red and judged.changes[canary.metric] >= canary.at_least
+    """Whether the stated metric turned red, or is one that is only watched, by at least the stated effect."""
+    return canary.metric in (*judged.red, *judged.watched) and judged.changes[canary.metric] >= canary.at_least
 
 
 def describe(judged: Judged) -> str:

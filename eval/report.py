@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.drift import LIMIT, Drift, drift_of
 from eval.errors import EvalError
 from eval.gate import decimals
 from eval.notify import headline
@@ -94,6 +95,14 @@ def score_cells(row: dict[str, Any]) -> dict[str, Any]:
     if kept:
         cells["teacher"] += f", keeps {kept['value']:.1f} % [{kept['low']:.1f}, {kept['high']:.1f}]"
     return cells
+
+
+def drift_text(found: Drift | None) -> str:
+    """A gate's slow drift in words; empty before there are two bundles to compare."""
+    if found is None:
+        return ""
+    since = f" since {found.since}" if found.since else ""
+    return f"{found.sum:.1f} of {LIMIT:g}{since}, {found.points} bundles" + (": look" if found.raised else "")
 
 
 def curve_cells(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -213,7 +222,10 @@ def _bundle(store: Store, record: Record, cache: Path | None, expected_by: str) 
     shown: dict[str, Any] = {
         "record": record,
         "headline": headline(record),
-        "rows": [score_cells(row) | {"wins": win_rate(store, record, row)} for row in record["rows"]],
+        "rows": [
+            score_cells(row) | {"wins": win_rate(store, record, row), "slow": drift_of(row["key"], nights)}
+            for row in record["rows"]
+        ],
         "calendar": calendar(nights, record["night"], expected_by),
         "curve": curve_cells(record.get("curve", [])),
         "turns": record.get("turns", []),
@@ -229,6 +241,7 @@ def render(store: Store, records: Sequence[Record], *, cache: Path, expected_by:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["drift_text"] = drift_text
     template = environment.from_string(TEMPLATE.read_text())
     bundles = [_bundle(store, record, cache, expected_by) for record in records]
     worst = min((record["verdict"] for record in records), key=ORDER.index)
@@ -255,6 +268,8 @@ def markdown(store: Store, records: Sequence[Record], *, expected_by: str = "04:
         odd = [day for day in shown["calendar"] if day["late"] or day["verdict"] == "missing"]
         lines += [f"- night {day['night']}: {'late' if day['late'] else 'missing'}" for day in odd]
         lines += [f"- changed since {record['since']}: {_plain(text)}" for text in record["changes"]]
+        slow = [row for row in shown["rows"] if row["slow"] and row["slow"].raised]
+        lines += [f"- drifting slowly: {row['key']}, CUSUM {drift_text(row['slow'])}" for row in slow]
         lines += ["", "| gate | verdict | baseline | tonight | change, 95 % | samples |", "|---|---|---|---|---|---|"]
         for row in shown["rows"]:
             cells = [row["key"], row["verdict"] + (" (watched)" if row["watched"] else ""), row["baseline"]]

@@ -1,4 +1,4 @@
-"""Do published scorers here give what they must? Pictures from a seed, expected values from eval/golden.yaml.
+"""Do published scorers here give what they must? Pictures and clips from a seed, expected values from eval/golden.yaml.
 
     python -m eval.verify_golden
     python -m eval.verify_golden --metric hpsv2.1 --source /models/HPS_v2.1_compressed.pt

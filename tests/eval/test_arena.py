@@ -9,7 +9,8 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from eval import arena, run
 from eval.arena import Arena, Pair, Votes, collect, describe, make_server
 from eval.errors import EvalError
 from eval.metrics.base import PerSampleMetric, Samples, Score, register
-from eval.prompts import load_suite
+from eval.prompts import Prompt, load_suite
 from eval.sources import open_source
 from eval.statistics import bootstrap_mean
 from eval.store import Store
+from tests.eval.test_store import INFO, a_score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CANDIDATE, BASELINE = 200, 50
@@ -200,6 +202,46 @@ def test_the_page_takes_clicks_and_keys_and_ends(server: str, votes: Votes) -> N
         browser.close()
     rate, count = votes.win_rate() or (None, 0)
     assert rate is not None and count == 3
+
+
+@pytest.fixture
+def three_runs(tmp_path: Path, scene_prompts: Callable[[int], list[Prompt]]) -> Path:
+    path = tmp_path / "s.sqlite"
+    with Store(path) as store:
+        for label, suite in (("AMD", "scenes-trained"), ("DMD2", "scenes-trained"), ("AMD", "scenes-fid")):
+            run_id = store.begin(replace(INFO, label=label, suite=suite))
+            store.complete(run_id, scene_prompts(4), [a_score([1.0, 2.0, 3.0, 4.0])])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["AMD", "DMD3", "--suite", "scenes-trained"], "labelled 'DMD3', nor of that id; did you mean 'DMD2'?"),
+        (["AMD", "DMD2", "--suite", "scenes-fid"], "'DMD2' has no complete run of scenes-fid; give --suite scenes-tr"),
+        (["x", "y", "--suite", "scenes-canary"], "no complete run of scenes-canary; score one"),
+        (["AMD", "AMD", "--suite", "scenes-trained"], "give two different runs"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_one_clear_line(
+    words: list[str], message: str, three_runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert arena.main([*words, "--store", str(three_runs)]) == 3
+    assert message in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_named_and_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.sqlite"
+    assert arena.main(["AMD", "DMD2", "--store", str(missing)]) == 3
+    assert "none.sqlite is missing" in capsys.readouterr().err and not missing.exists()
+
+
+def test_votes_and_addresses_that_cannot_be_had_are_named(votes: Votes, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello " * 100)
+    with pytest.raises(EvalError, match=r"notes.txt cannot keep votes: .*give another --votes"):
+        Votes(tmp_path / "notes.txt", "a", "b")
+    with pytest.raises(EvalError, match=r"127.0.0.1:99999 cannot be served: .*--port"):
+        make_server(Arena(pairs(1), votes), "127.0.0.1", 99_999)
 
 
 def test_pairs_are_what_both_runs_drew(tiny_bundle: Path, tmp_path: Path) -> None:

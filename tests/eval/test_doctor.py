@@ -34,8 +34,8 @@ def test_published_scorers_that_are_not_here_break_nothing_unless_asked_for(
 def test_a_metric_without_its_judge_cannot_run_and_the_fix_is_named(tmp_path: Path) -> None:
     (found,) = doctor.examine(tmp_path, tmp_path / "s.sqlite", ["reward"])
     assert not found.ok and "scenes-reward is missing" in found.text and "train it with its recipe" in found.text
-    (unknown,) = doctor.examine(tmp_path, tmp_path / "s.sqlite", ["fod"])
-    assert not unknown.ok and "no suite uses this metric" in unknown.text
+    (unknown,) = doctor.examine(tmp_path, tmp_path / "s.sqlite", ["rewad"])
+    assert not unknown.ok and "--metric is 'rewad'; did you mean 'reward'?" in unknown.text
 
 
 def test_what_is_there_is_run_for_real(judges_folder: Path, tmp_path: Path) -> None:

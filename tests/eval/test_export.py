@@ -95,3 +95,25 @@ def test_parquet_without_pyarrow_names_the_extra_and_leaves_nothing(
 def test_a_store_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export.main([str(tmp_path), "--store", str(tmp_path / "none.sqlite")]) == 3
     assert "none.sqlite is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "scenes-trainde"], "--suite 'scenes-trainde'; did you mean 'scenes-trained'?"),
+        (["--label", "nobody"], "--label 'nobody'; "),
+    ],
+)
+def test_a_label_or_suite_that_no_run_has_writes_nothing(
+    words: list[str], message: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(tmp_path / "out"), "--format", "json", "--store", str(store.path), *words]) == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export.main([str(store.path), "--format", "json", "--store", str(store.path)]) == 3
+    assert "s.sqlite is a file; give a folder" in capsys.readouterr().err

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from eval.errors import EvalError
 from eval.golden import (
     GOLDEN,
     METRICS,
     Expected,
+    clips,
     fill,
+    measure,
     note,
     pictures,
     read_golden,
@@ -21,6 +25,7 @@ from eval.golden import (
     unverified,
     verify,
 )
+from eval.metrics.preference import KINDS
 
 VALUES = np.array([1.0, -2.0, 300.0])
 KNOWN = {"hpsv2.1": [Expected(weights="abc", values=(1.0, -2.0, 300.0), tolerance=1e-3, source="the package")]}
@@ -31,6 +36,35 @@ def test_every_machine_makes_the_same_pictures() -> None:
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     assert digest[:16] == "7ed2e28929ef0e39" and len(prompts) == len(images) == 8
     assert images.std(axis=(1, 2, 3)).min() > 20
+
+
+def test_every_machine_makes_the_same_clips_and_they_move() -> None:
+    images, prompts = clips()
+    assert images.shape == (8, 17, 3, 256, 256) and images.dtype == np.uint8 and len(prompts) == 8
+    np.testing.assert_array_equal(images[:, 0], pictures()[0])
+    np.testing.assert_array_equal(images[:, 5, ..., 20:], images[:, 0, ..., :-20])
+
+
+class Shapes:
+    """A scorer that notes what it is shown."""
+
+    name, digest = "shapes", "abc"
+
+    def __init__(self, video: bool) -> None:
+        self.video, self.seen = video, list[tuple[int, ...]]()
+
+    def score(self, images: torch.Tensor, conditions: Sequence[str]) -> torch.Tensor:
+        self.seen.append(tuple(images.shape[1:]))
+        return torch.arange(len(images), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scorers_of_motion_are_shown_clips_and_all_others_pictures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Shapes(video=name == "videoalign")
+    monkeypatch.setattr("eval.metrics.preference.load_published", lambda kind, source="": scorer)
+    values, weights = measure(name, None)
+    assert list(values) == list(range(8)) and weights == "abc"
+    assert set(scorer.seen) == {(3, 17, 256, 256) if scorer.video else (3, 256, 256)}
 
 
 def test_values_within_the_tolerance_are_verified_and_others_named() -> None:

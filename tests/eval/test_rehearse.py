@@ -29,6 +29,8 @@ def test_an_effect_counts_only_if_its_own_metric_turned_red_by_enough() -> None:
     assert seen(Judged("n", {"fid": 21.0}, ("fid",), ()), canary)
     assert not seen(Judged("n", {"fid": 19.0}, ("fid",), ()), canary)
     assert not seen(Judged("n", {"fid": 21.0}, ("kid",), ()), canary)
+    assert seen(Judged("n", {"fid": 21.0}, (), (), watched=("fid",)), canary)
+    assert not seen(Judged("n", {"fid": 19.0}, (), (), watched=("fid",)), canary)
 
 
 def test_damage_without_a_stated_effect_is_refused() -> None:

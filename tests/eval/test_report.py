@@ -170,3 +170,21 @@ def test_on_a_phone_the_verdict_is_on_the_first_screen_and_nothing_overflows(sto
         assert opened.locator(".history circle").count() >= 12 and not troubles
         opened.screenshot(path=tmp_path / "phone.png", full_page=True)
         browser.close()
+
+
+def test_a_slow_drift_is_a_line_of_its_gate_and_a_line_of_the_summary_once_it_is_raised(
+    store: Store, tmp_path: Path
+) -> None:
+    def after(nights: int) -> tuple[str, str]:
+        for day in range(1, nights + 1):
+            made = record(
+                row(delta=-0.4 * day), row(KEYS[1]), night=f"2026-11-{day:02}", environment={"digest": str(day)}
+            )
+            store.keep_night(made["night"], made["bundle"], made["started"], made["verdict"], made)
+        return render(store, [made], cache=tmp_path), markdown(store, [made])
+
+    page, summary = after(1)
+    assert "slow drift" not in page and "drifting slowly" not in summary
+    page, summary = after(12)
+    assert f"- drifting slowly: {KEYS[0]}, CUSUM " in summary and f"drifting slowly: {KEYS[1]}" not in summary
+    assert "of 5.5 since 2026-11-" in page and "slow drift (CUSUM): 0.0 of 5.5, 12 bundles" in page
