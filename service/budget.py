@@ -15,19 +15,15 @@ Nothing here reads a clock or takes a lock; the engine's lock guards it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import exp, log, prod
+from math import prod
 from typing import NamedTuple
 
 EASE = 0.1
 """Weight of the newest measurement in a moving average."""
-CROWDING_EASE = 0.02
-"""The same for what others add to a forecast, which varies far more than what computing costs."""
 PAYS = 0.95
 """A batch size pays up to the smallest one that has this part of the best rate; beyond it rows only wait longer."""
 PROBE_EVERY = 64
 """Every so many calls the next larger size may be tried, so that a measurement of a bad moment is not for good."""
-MOST_CROWDED = 8.0
-"""Most that one measurement can say of what came later, as a factor."""
 GUESS_S = 0.05
 """Of one row's step before anything was measured."""
 
@@ -66,7 +62,6 @@ class Budget:
         self._curves: dict[BatchKey, _Curve] = {}
         self._text: dict[str, float] = {}
         self._answer: dict[str, float] = {}
-        self._crowding: dict[str, float] = {}
 
     def know(self, key: BatchKey, sizes: tuple[int, ...]) -> None:
         """Begin a curve; ``sizes`` are the numbers of rows that the runtime computes in one call, from 1 up."""
@@ -96,19 +91,9 @@ class Budget:
         known = self._answer.get(model)
         self._answer[model] = seconds if known is None else known + EASE * (seconds - known)
 
-    def observe_crowding(self, model: str, told_s: float, took_s: float) -> None:
-        """A row took ``took_s`` in the engine, and ``told_s`` would have done had nothing come after it."""
-        ratio = log(min(max(took_s / (told_s + self.text_s(model)), 1 / MOST_CROWDED), MOST_CROWDED))
-        known = self._crowding.get(model, 0.0)
-        self._crowding[model] = known + CROWDING_EASE * (ratio - known)
-
-    def expected_s(self, model: str, told_s: float) -> float:
-        """When an answer will be there, by what came later lately and by the work around the engine.
-
-        e^c · (told + text) + answer, where c is the moving average of ln(took / (told + text)).
-        """
-        crowding = exp(self._crowding.get(model, 0.0))
-        return crowding * (told_s + self.text_s(model)) + self._answer.get(model, 0.0)
+    def expected_s(self, model: str, forecast_s: float) -> float:
+        """When an answer will be there whose rows have such a forecast: the text and the work around the engine too."""
+        return self.text_s(model) + forecast_s + self._answer.get(model, 0.0)
 
     def halve(self, key: BatchKey, rows: int) -> int:
         """Memory ran out at ``rows`` rows: from now on at most the largest size of half as many. Returns that size."""

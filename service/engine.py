@@ -39,8 +39,6 @@ MEMORY_WORDS = ("out of memory", "failed to allocate", "bad_alloc", "bad allocat
 """How runtimes say that memory ran out; they have no common class for it."""
 
 
-TOLD_EVERY = 4
-"""Of so many orders one is forecast when it comes, to learn what those that come later add to a forecast."""
 OUTLOOK_S = 0.25
 """A forecast of everything serves all who ask within this time; it takes milliseconds when the queue is long."""
 
@@ -68,7 +66,6 @@ class Engine:
         """Every row until it is delivered; the scheduler knows those that have steps left."""
         self._told: dict[Job, Forecast] = {}
         self._told_at = float("-inf")
-        self._orders = 0
         self._wake = threading.Condition()
         self._texts: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -123,10 +120,9 @@ class Engine:
                 raise EngineClosed(f"the engine of {order.model} takes no more requests")
             self._sweep()
             self._check_room(order.owner, len(rows))
-            self._orders += 1
-            if order.deadline_s is not None or self._orders % TOLD_EVERY == 1:
+            if order.deadline_s is not None:
                 needed = self._forecast(rows).seconds
-                if order.deadline_s is not None and needed > order.deadline_s:
+                if needed > order.deadline_s:
                     raise DeadlineExceeded(needed)
             for row in rows:
                 self.scheduler.add(row.job)
@@ -146,10 +142,10 @@ class Engine:
             self._check_room(order.owner, len(rows))
             return self._forecast(rows)
 
-    def expected_s(self, model: str, told_s: float) -> float:
-        """When the answer of rows with such a forecast will be there, by what happened to others lately."""
+    def expected_s(self, model: str, forecast_s: float) -> float:
+        """When the answer of rows with such a forecast will be there."""
         with self._wake:
-            return self.budget.expected_s(model, told_s)
+            return self.budget.expected_s(model, forecast_s)
 
     def observe_answer(self, model: str, seconds: float) -> None:
         """A request took this much longer than its rows in the engine."""
@@ -203,8 +199,6 @@ class Engine:
     def _forecast(self, rows: list[Row]) -> Forecast:
         jobs = [row.job for row in rows]
         told = self.scheduler.forecast(self._clock(), jobs)
-        for row in rows:
-            row.told_s = told[row.job].seconds
         return together(told[job] for job in jobs)
 
     def _rows_of(self, order: Order) -> list[Row]:
@@ -441,8 +435,6 @@ class Engine:
         queue_ms = max(0.0, total_ms - row.encode_text_ms - row.denoise_ms - decode_ms)
         with self._wake:
             mine = self._take(row)
-            if mine and row.told_s is not None:
-                self.budget.observe_crowding(model, row.told_s, total_ms / 1e3)
             self._wake.notify_all()
         if not mine:
             return

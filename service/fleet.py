@@ -66,8 +66,8 @@ class Fleet:
         told = [engine.forecast(part_of(order, indices)) for engine, indices in self._parts(order)]
         return together(told)
 
-    def expected_s(self, model: str, told_s: float) -> float:
-        return self.engines[0].expected_s(model, told_s)
+    def expected_s(self, model: str, forecast_s: float) -> float:
+        return self.engines[0].expected_s(model, forecast_s)
 
     def observe_answer(self, model: str, seconds: float) -> None:
         for engine in self.engines:

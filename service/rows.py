@@ -125,8 +125,6 @@ class Row:
     job: Job
     cost_s: float
     """Seconds of compute that it was estimated at."""
-    told_s: float | None = None
-    """Until it would be done if nothing came after it, where that was asked when it was queued."""
     spent_s: float = 0.0
     """Its share of the steps that it took part in."""
     future: Future[Picture] = field(default_factory=Future)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
-from numpy import array, median, percentile
 
 from service.budget import BatchKey, Budget
 from service.scheduler import PATIENCE, RESERVED, Job, Priority, Scheduler, together
@@ -284,33 +283,3 @@ def test_the_target_is_the_deadline_if_that_is_earlier() -> None:
     scheduler = Scheduler(a_budget())
     assert scheduler.new(SMALL, 4, now=10.0).target == pytest.approx(10.0 + PATIENCE * (4 * 0.020 + DECODE_S))
     assert scheduler.new(SMALL, 4, now=10.0, deadline=10.1).target == 10.1
-
-
-def test_what_comes_later_is_learned_from_what_came_later_to_others() -> None:
-    """Poisson arrivals at 0.6 of the capacity: the plain forecast is too early, the expected time is not."""
-    dice, device, at = random.Random(5), Device(), 0.0
-    budget = device.scheduler.budget
-    arrivals = []
-    for _ in range(1500):
-        at += dice.expovariate(0.6 / (3.75 * STEP_S[SMALL][8] / 8))
-        arrivals.append((at, dice.choice([1, 2, 4, 8])))
-    told: dict[Job, tuple[float, float]] = {}
-    errors: list[tuple[float, float]] = []
-    while arrivals or list(device.scheduler):
-        while arrivals and arrivals[0][0] <= device.now:
-            job = device.job(arrivals[0][1], at=arrivals.pop(0)[0])
-            seconds = device.scheduler.forecast(device.now, [job])[job].seconds
-            told[job] = (seconds, budget.expected_s("m", seconds))
-            device.scheduler.add(job)
-        before = set(device.finished)
-        if not (rows := device.scheduler.pick(device.now)):
-            device.now = arrivals[0][0]
-            continue
-        device.step(rows)
-        for job in set(device.finished) - before:
-            took, (plain, expected) = device.finished[job] - job.submitted, told[job]
-            budget.observe_crowding("m", plain, took)
-            errors.append((plain / took - 1, expected / took - 1))
-    plainly, expectedly = zip(*errors[200:], strict=True)
-    assert median(plainly) < -0.1 and abs(median(expectedly)) < 0.1
-    assert percentile(abs(array(expectedly)), 90) < 0.95 * percentile(abs(array(plainly)), 90)
