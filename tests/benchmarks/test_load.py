@@ -357,6 +357,19 @@ def test_promises_are_judged_by_what_was_found() -> None:
     }
 
 
+def test_a_server_that_keeps_no_promise_is_compared_too() -> None:
+    still = found()
+    for row in still["rows"]:
+        if row["server"] == "naive":
+            row["goodput"] = 0.0
+    ours = max(row["goodput"] for row in still["rows"] if row["server"] == "ours")
+    judged = {bar.name: bar for bar in bars(still)}
+    assert judged["goodput over naive"].found == f"{ours:g} against 0" and judged["goodput over naive"].met
+    for row in still["rows"]:
+        row["goodput"] = 0.0
+    assert not {bar.name: bar for bar in bars(still)}["goodput over naive"].met, "nothing is no success over nothing"
+
+
 def test_the_bare_runtime_has_a_best_rate(bundle: Bundle, runtime: OnnxRuntime) -> None:
     assert best_rate(runtime, bundle, WORKS[:1], seconds=0.05) > 0
 
