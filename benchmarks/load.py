@@ -19,10 +19,12 @@ import argparse
 import asyncio
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -137,7 +139,7 @@ class Run:
 
     def started(self, name: str) -> Any:
         """A server on a port of its own."""
-        self.port += 1
+        self.port = next_free(self.port)
         cores = self.server_cores if self.server_cores != self.client_cores else ()
         return start(name, self.options.bundle, self.threads, self.port, keys=self.keys, cores=cores)
 
@@ -245,6 +247,15 @@ def settled(sent: Sequence[Sent], before: dict[str, float], port: int) -> bool:
     while not (agreed := agree(sent, before, served_outcomes(port))) and time.monotonic() < end:
         time.sleep(0.2)
     return agreed
+
+
+def next_free(port: int) -> int:
+    """The first port after this one that nobody has, connections of clients included."""
+    for candidate in range(port + 1, 65_536):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", candidate))
+            return candidate
+    raise SystemExit(f"no port after {port} is free; give a lower --port")
 
 
 def divide(cores: Sequence[int]) -> tuple[list[int], list[int]]:

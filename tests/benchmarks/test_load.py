@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import pytest
 
-from benchmarks.load import best_rate, divide, main, parse, solo_ms
+from benchmarks.load import best_rate, divide, main, next_free, parse, solo_ms
 from benchmarks.load_baselines import Policy, Server, Waiting, build
 from benchmarks.load_client import KEEP_EVERY, Answer, Outcome, Sent, Target, replay, saturate
 from benchmarks.load_client import parse as parse_answer
@@ -204,6 +204,13 @@ def test_alone_is_measured_for_every_kind_of_request(target: Target) -> None:
 def test_client_and_servers_share_cores_only_where_there_are_few() -> None:
     assert divide([0, 1]) == ([0, 1], [0, 1])
     assert divide([0, 1, 2, 3]) == ([3], [0, 1, 2])
+
+
+def test_a_port_that_somebody_has_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        assert next_free(port - 1) > port
 
 
 def test_traces_must_fit_the_bundle(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
