@@ -43,7 +43,7 @@ class SceneData(Strict):
     count: int = Field(50_000, gt=0)
     size: int = Field(64, ge=16)
     frames: int | None = Field(
-        None, ge=5, description="of clips of moving scenes, 4·n + 1 at 8 per second; None: stills"
+        None, ge=1, description="of clips of moving scenes, 4·n + 1 at 8 per second; None: stills"
     )
     held_out_prompts: Fraction | None = Field(
         None, description="share of a distillation's prompts that name held-out combinations; pictures never show them"
@@ -94,6 +94,9 @@ class Base(Strict):
     accumulate: int = Field(1, gt=0, description="micro-batches per optimizer step, over all ranks")
     parallel: Parallel = Parallel()
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(
+        False, description="torch.compile the blocks of trained networks and teachers: a minute at first, then faster"
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps none")
     log_every: int = Field(50, gt=0)
     preview_every: int = Field(500, gt=0)

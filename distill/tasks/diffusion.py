@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.bundle import Guidance, Manifest, Sampler, write_manifest
+from distill.compiled import compile_blocks
 from distill.config import DiffusionRecipe, SceneData, SdxlSource, WanSource
 from distill.data.cache import FPS
 from distill.families.base import Condition, coefficients
@@ -91,6 +92,8 @@ class DiffusionTask:
         self.family: Any = family_of(recipe)
         torch.manual_seed(recipe.seed)
         self.network = self.family.to(device()).new_network().train().to(device())
+        if recipe.compile:
+            compile_blocks([self.network], self.family.wrap_plan())
         self.roles: dict[str, nn.Module] = {"teacher": self.network}
         self.optimizers = {"teacher": recipe.optimizer}
         self.samples = samples_for(recipe.data, recipe.seed, self.family)

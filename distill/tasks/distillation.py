@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.bundle import Manifest, Sampler, write_manifest
+from distill.compiled import compile_blocks
 from distill.config import DistillRecipe
 from distill.families.base import Condition, coefficients
 from distill.families.load import Teacher, load_teacher
@@ -86,6 +87,8 @@ class DistillationTask:
         memories = {type(hook).__name__: hook.memory for hook in self.hooks if hook.memory is not None}
         if memories:  # in the checkpoint, but not in the student's bundle
             self.roles["fake"] = nn.ModuleDict({"network": self.fake, **memories})
+        if recipe.compile:
+            compile_blocks(self.networks(), self.blocks())
         self._rollouts: dict[int, Rollout] = {}
         self.passes = Passes({"teacher": self.teacher, **self.roles, "fake": self.fake})
         self.probe_every = recipe.telemetry.every

@@ -23,12 +23,11 @@ OBJECTIVES = {
         "adapters={rank: 4, alpha: 8}", "activation_checkpointing=true", "gan={}", "advantage.shrinkage=0.5",
         "safeguards={ramp: 3, diversity: {tolerate: 0.9, refuse: 0.5}, two_key: 1}",
     ],
-    "adapter of the fake": ["adapters={rank: 4, alpha: 8, roles: [fake]}"],
+    "adapter of the fake": ["adapters={rank: 4, alpha: 8, roles: [fake]}", "regression={pairs: 40, steps: 2}"],
     "adapter of the student": ["adapters={rank: 4, alpha: 8, roles: [student]}", "advantage.when=student"],
     "own weights": [
         "gan={r1: 0.1, r1_form: finite}", "divergence={}", "shared_teacher={}", "implicit_alignment={}",
         "step_aware_fake=true", "activation_checkpointing=true", "first_step_anchor={}",
-        "regression={pairs: 40, steps: 2}",
     ],
 }  # fmt: skip
 
@@ -73,16 +72,22 @@ def test_any_number_of_ranks_trains_what_one_trains(
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout"), [*((objective, "fsdp") for objective in OBJECTIVES), ("adapters", "ddp")]
+    ("objective", "layout", "size"),
+    [
+        *((objective, "fsdp", 2) for objective in OBJECTIVES),
+        ("adapters", "ddp", 4),
+        ("own weights", "fsdp", 4),
+        ("own weights", "hsdp", 4),
+    ],
 )
-def test_two_ranks_train_what_one_trains_with_every_kind_of_hook_and_layout(
-    ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str, layout: str
+def test_ranks_train_what_one_trains_with_every_kind_of_hook_and_layout(
+    ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str, layout: str, size: int
 ) -> None:
     state = jobs.distil(str(models), str(tmp_path / "one"), OBJECTIVES[objective])
-    told = ranks(2, jobs.distil, str(models), str(tmp_path / "two"), [*OBJECTIVES[objective], *LAYOUTS[layout]])
+    told = ranks(size, jobs.distil, str(models), str(tmp_path / "all"), [*OBJECTIVES[objective], *LAYOUTS[layout]])
     for each in told:
         assert_states_equal(each, state)
-    assert_streams_equal(jobs.stream(tmp_path / "two"), jobs.stream(tmp_path / "one"))
+    assert_streams_equal(jobs.stream(tmp_path / "all"), jobs.stream(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("recipe", ["sdxl-dmd2-4step", "wan-1.3b-amd-4step"])
