@@ -16,7 +16,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SPEC := pyproject.toml constraints.txt
 MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher scenes-dmd2 scenes-amd \
 	digits-reward digits-teacher digits-dmd2 digits-amd \
-	scenes-video-vae scenes-video-decoder scenes-umt5 scenes-motion scenes-video-reward scenes-wan-teacher scenes-wan-dmd2 scenes-wan-amd
+	scenes-video-vae scenes-video-decoder scenes-umt5 scenes-motion scenes-video-reward scenes-wan-stills scenes-wan-teacher \
+	scenes-wan-dmd2 scenes-wan-amd
 
 .DELETE_ON_ERROR:
 .PHONY: serve setup-serve setup test lint format models $(MODELS) scores clean help
@@ -96,9 +97,10 @@ scores: setup
 	$(BIN)/python -m eval.env create vbench || echo "VBench has no interpreter here; its column stays empty"
 	set -e; for suite in $(CLIPS); do \
 		if test $$suite = scenes-wan-vbench && ! $(BIN)/python -m eval.doctor --metric vbench-flickering; then continue; fi; \
-		for steps in 2 4; do $(SCORE) bundles/scenes-wan --suite $$suite --steps $$steps --label "wan AMD, $$steps steps"; \
-			$(SCORE) runs/bundles/scenes-wan-dmd2 --suite $$suite --steps $$steps --label "wan DMD2, $$steps steps"; done; \
-		for steps in 4 50; do $(SCORE) runs/bundles/scenes-wan-teacher --suite $$suite --steps $$steps \
+		case $$suite in *-latency) how=;; *) how="$(FAST)";; esac; \
+		for steps in 2 4; do $(SCORE) bundles/scenes-wan --suite $$suite --steps $$steps $$how --label "wan AMD, $$steps steps"; \
+			$(SCORE) runs/bundles/scenes-wan-dmd2 --suite $$suite --steps $$steps $$how --label "wan DMD2, $$steps steps"; done; \
+		for steps in 4 50; do $(SCORE) runs/bundles/scenes-wan-teacher --suite $$suite --steps $$steps $$how \
 			--label "wan teacher, $$steps steps"; done; \
 		test $$suite = scenes-wan-latency || $(SCORE) renders --suite $$suite --label renders; done
 	for bundle in bundles/*; do $(BIN)/python -m eval.inscribe $$bundle; done

@@ -1,6 +1,7 @@
-"""What the service adds to the bare runtime: one client, one picture at a time, both in one run.
+"""What the service adds to the bare runtime: one client, one picture or clip at a time, both in one run.
 
     python -m benchmarks.latency bundles/scenes-sdxl --requests 100
+    python -m benchmarks.latency bundles/scenes-wan --requests 30        # clips: the first preview as well
 
 The bare runtime runs in this process before the server starts, with the same threads, prompts, seeds and steps. The
 result is printed and written beside this file as JSON.
@@ -29,6 +30,16 @@ from service.runtimes import generate, open_runtime
 
 PROMPT = "a large red metal sphere left of a small blue rubber sphere"
 _READY_TIMEOUT_S = 120.0
+_COLD = """
+import sys
+from pathlib import Path
+from distill.bundle import Bundle
+from service.runtimes import generate, open_runtime
+folder, threads, prompt, steps = sys.argv[1:]
+bundle = Bundle.open(Path(folder))
+runtime = open_runtime(bundle, threads=int(threads), max_batch=1)
+generate(runtime, bundle.manifest, [prompt], seeds=[0], steps=int(steps))
+"""
 
 
 def quantiles(milliseconds: list[float]) -> dict[str, float]:
@@ -38,7 +49,7 @@ def quantiles(milliseconds: list[float]) -> dict[str, float]:
 
 
 def time_runtime(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str, float]:
-    """The floor: text, steps and decoding of one picture, without HTTP and without PNG."""
+    """The floor: text, steps and decoding of one picture or clip, without HTTP and without PNG or MP4."""
     runtime = open_runtime(bundle, threads=threads, max_batch=1)
     times = []
     for seed in range(count + 3):
@@ -48,8 +59,19 @@ def time_runtime(bundle: Bundle, steps: int, count: int, threads: int) -> dict[s
     return quantiles(times[3:])
 
 
-def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, float]:
-    """End to end: a request over HTTP until its PNG is here, with a new prompt each time so that nothing is cached."""
+def time_cold_start(bundle: Bundle, steps: int, threads: int, count: int = 3) -> float:
+    """Median seconds of a process that opens the bundle, checks its hashes, loads its engines and makes one thing."""
+    words = [str(bundle.path), str(threads), PROMPT, str(steps)]
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", _COLD, *words], check=True)
+        times.append(time.perf_counter() - start)
+    return round(float(np.median(times)), 2)
+
+
+def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, Any]:
+    """End to end: a request over HTTP until its PNG or MP4 is here; each prompt is new, so nothing is cached."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,11 +88,14 @@ def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, float]:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(url)
             ready_s = time.perf_counter() - started
-            times = [_request(url, bundle.manifest.name, steps, seed) for seed in range(count + 3)]
+            ask = _clip if bundle.manifest.task == "text-to-video" else _picture
+            times = [ask(url, bundle.manifest.name, steps, seed) for seed in range(count + 3)]
         finally:
             server.terminate()
             server.wait(30)
-    return quantiles(times[3:]) | {"ready_s": round(ready_s, 2)}
+    wholes, previews = zip(*times[3:], strict=True)
+    previewed = {} if None in previews else {"first_preview": quantiles(list(previews))}
+    return quantiles(list(wholes)) | {"ready_s": round(ready_s, 2)} | previewed
 
 
 def _wait_until_ready(url: str) -> None:
@@ -86,18 +111,35 @@ def _wait_until_ready(url: str) -> None:
     )
 
 
-def _request(url: str, model: str, steps: int, seed: int) -> float:
-    body = {"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps}
-    request = urllib.request.Request(
-        f"{url}/v1/images/generations", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def _picture(url: str, model: str, steps: int, seed: int) -> tuple[float, None]:
+    """Milliseconds until a picture is here."""
     start = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with _sent(f"{url}/v1/images/generations", model, steps, seed) as response:
         json.load(response)
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - start) * 1e3, None
 
 
-def main() -> None:
+def _clip(url: str, model: str, steps: int, seed: int) -> tuple[float, float]:
+    """Milliseconds until a job's clip is here, and until its first preview was."""
+    start, preview = time.perf_counter(), float("nan")
+    with _sent(f"{url}/v1/videos", model, steps, seed) as response:
+        job = f"{url}/v1/videos/{json.load(response)['id']}"
+    with urllib.request.urlopen(f"{job}/events", timeout=60) as events:
+        for line in events:
+            if line.startswith(b"event: video.preview") and np.isnan(preview):
+                preview = (time.perf_counter() - start) * 1e3
+    with urllib.request.urlopen(f"{job}/content", timeout=60) as content:
+        content.read()
+    return (time.perf_counter() - start) * 1e3, preview
+
+
+def _sent(url: str, model: str, steps: int, seed: int) -> Any:
+    body = {"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency",
         description="Latency of the service against the bare runtime, in one run.",
@@ -106,24 +148,26 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latency.json")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="default: results/latency-BUNDLE.json beside this file")
+    options = parser.parse_args(arguments)
     bundle, threads = Bundle.open(options.bundle), os.cpu_count() or 1
+    out: Path = options.out or Path(__file__).parent / "results" / f"latency-{bundle.manifest.name}.json"
     result: dict[str, Any] = {
         "bundle": bundle.manifest.name,
         "digest": bundle.digest,
         "steps": options.steps,
         "threads": threads,
         "processor": processor(),
+        "cold_start_s": time_cold_start(bundle, options.steps, threads),
         "runtime": time_runtime(bundle, options.steps, options.requests, threads),
         "service": time_service(bundle, options.steps, options.requests),
     }
     result["ratio_p50"] = round(result["service"]["p50_ms"] / result["runtime"]["p50_ms"], 3)
     result["overhead_p50_ms"] = round(result["service"]["p50_ms"] - result["runtime"]["p50_ms"], 2)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
 
 
 def processor() -> str:

@@ -94,9 +94,6 @@ class Base(Strict):
     accumulate: int = Field(1, gt=0, description="micro-batches per optimizer step, over all ranks")
     parallel: Parallel = Parallel()
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = Field(
-        False, description="torch.compile the blocks of trained networks and teachers: a minute at first, then faster"
-    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 keeps none")
     log_every: int = Field(50, gt=0)
     preview_every: int = Field(500, gt=0)
@@ -114,6 +111,14 @@ class Base(Strict):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         return self
+
+
+class Denoising(Base):
+    """What trainings of diffusion networks have."""
+
+    compile: bool = Field(
+        False, description="torch.compile the blocks of all networks: minutes at first, then faster (distill.compiled)"
+    )
 
 
 class VaeModel(Strict):
@@ -307,7 +312,7 @@ class SitModel(Strict):
 Source = Annotated[SdxlSource | WanSource | SitModel, Field(discriminator="family")]
 
 
-class DiffusionRecipe(Base):
+class DiffusionRecipe(Denoising):
     """Teacher training: denoising loss at uniform times, the condition dropped for classifier-free guidance."""
 
     task: Literal["diffusion"]
@@ -341,7 +346,7 @@ class Adapters(Strict):
     )
 
 
-class DistillRecipe(Base):
+class DistillRecipe(Denoising):
     """Few-step distillation. Without any of the optional sections it is DMD2 (without its GAN)."""
 
     task: Literal["distill"]
@@ -478,6 +483,8 @@ class DistillRecipe(Base):
         whole = self.parallel.strategy == "ddp" and self.parallel.context == 1
         if not whole and self.gan and self.gan.r1 and self.gan.r1_form == "exact":
             raise ValueError("gan.r1_form exact needs a second backward pass; use finite, or ddp without context")
+        if self.compile and self.gan and self.gan.r1 and self.gan.r1_form == "exact":
+            raise ValueError("gan.r1_form exact differentiates twice, which compiled blocks cannot; use finite")
 
 
 Recipe = Annotated[

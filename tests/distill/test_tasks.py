@@ -35,6 +35,10 @@ SHORT = ["iterations=2", "batch_size=8", "log_every=1", "save_every=2", "preview
 SCENES = ["data.count=64", "data.size=16"]
 CLIPS = ["data.count=8", "data.size=32", "data.frames=9"]
 STUDENT = ["fake_warmup=0", "fake_per_student=2"]
+WAN = [
+    "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2", "compile=false",
+    "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}",
+]  # fmt: skip
 CUTS: dict[str, list[str]] = {
     "scenes-vae": ["model.block_out_channels=[8, 8, 8]", *SCENES],
     "scenes-clip": [
@@ -53,10 +57,8 @@ CUTS: dict[str, list[str]] = {
     "scenes-motion": ["width=8", *CLIPS],
     "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
     "scenes-video-reward": ["text_encoder=MODELS/scenes-umt5", "width=8", "layers=1", "projection=8", *CLIPS],
-    "scenes-wan-teacher": [
-        "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2",
-        "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}", *CLIPS,
-    ],
+    "scenes-wan-stills": [*WAN, *CLIPS, "data.frames=1"],
+    "scenes-wan-teacher": [*WAN, *CLIPS, "initialise_from=MODELS/../runs/scenes-wan-stills"],
     "scenes-wan-dmd2": ["teacher=MODELS/scenes-wan-teacher", *STUDENT, *CLIPS],
     "scenes-wan-amd": [
         "teacher=MODELS/scenes-wan-teacher", "advantage.reward=MODELS/scenes-video-reward", *STUDENT, *CLIPS,
@@ -80,7 +82,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, cuts in CUTS.items():
             overrides = [f"output=MODELS/{name}", *SHORT, *cuts]
             arguments = [text.replace("MODELS", str(root / "MODELS")) for text in overrides]
-            assert main([str(RECIPES / f"{name}.yaml"), "--quiet", *arguments]) == 0, name
+            recipe = str(RECIPES / f"{name}.yaml")
+            assert main([recipe, "--dry-run", *arguments]) == 0, name
+            assert main([recipe, "--quiet", *arguments]) == 0, name
         yield root
 
 
