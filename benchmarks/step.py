@@ -47,7 +47,7 @@ from distill.trainer import Phase, Trainer
 
 RECIPES = ("recipes/digits-amd.yaml", "recipes/scenes-amd.yaml")
 BAR = 1.15
-"""What AMD's iteration may cost over DMD2's."""
+"""What an iteration may cost over the first contender's, AMD's over DMD2's."""
 _REQUIRED = {key for key, field in DistillRecipe.model_fields.items() if field.is_required()}
 _METHOD_KEYS = {*HOOKS, "advantage", "safeguards", "heldout_rewards", "discriminator"}
 
@@ -65,6 +65,16 @@ class Row:
     cpu_ratio_interval: tuple[float, float] | None
     phases: dict[str, float]
     """Mean seconds of processor time per iteration; decoding and reward are not in the phase that asks for them."""
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        """Whether the ratio of processor time, and each end of its interval, lies below the bar."""
+        low, high = self.cpu_ratio_interval or (None, None)
+        values = {"low": low, "middle": self.cpu_ratio, "high": high}
+        below = {name: None if value is None else value < BAR for name, value in values.items()}
+        known = set(below.values())
+        verdict = "pass" if known == {True} else "fail" if known == {False} else "undecided"
+        return {"bar": BAR, "below": below, "verdict": verdict}
 
 
 class Clock:
@@ -231,6 +241,7 @@ def run(
         }
         rows = measure(contenders, repeats, partial(say, f"\r{first.name}:"))
         print_rows(rows)
+        print_bar(rows)
         beside = {}
         for name, (peer, plan) in plans.items():
             ours = variant(path, "dmd2", [*overrides, *plan])
@@ -251,7 +262,7 @@ def run(
         "load_average_before": round(load, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) | {"bar": row.bar} for row in rows],
         "against": beside,
     }
 
@@ -272,6 +283,15 @@ def print_rows(rows: Sequence[Row]) -> None:
             f"{row.method:{width}}{1e3 * row.seconds:14.1f}{1e3 * row.cpu_seconds:8.1f}"
             f"{row.ratio:8.3f} {wall}{row.cpu_ratio:8.3f} {cpu}{parts}"
         )
+
+
+def print_bar(rows: Sequence[Row]) -> None:
+    """Per contender after the first: the verdict, and which of low end, middle and high end lie below the bar."""
+    words = {True: "below", False: "not below", None: "unknown"}
+    for row in rows[1:]:
+        found = row.bar
+        told = ", ".join(f"{name} {words[below]}" for name, below in found["below"].items())
+        print(f"{row.method}: {found['verdict']} at {BAR} of {rows[0].method}'s processor time ({told})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

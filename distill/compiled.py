@@ -19,7 +19,7 @@ GRAPHS = 64
 def compile_blocks(networks: Iterable[nn.Module], kinds: tuple[type[nn.Module], ...]) -> None:
     """Compile the modules of these kinds in place. Names of parameters stay; backward passes may share a graph."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
     for network in networks:
         for module in network.modules():
             if isinstance(module, kinds):

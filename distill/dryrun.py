@@ -24,6 +24,7 @@ from distill.config import DistillRecipe, RecipeError
 from distill.costs import Cost, count, pass_cost
 from distill.families.load import FAMILIES, options_for, with_grid
 from distill.families.published import configs_of
+from distill.objectives.gan import Head
 from distill.parallel.context import check_sequence
 from distill.reward_names import parse_reward
 
@@ -47,7 +48,6 @@ _UNCOUNTED = (
     "reward_gradient",
     "policy_gradient",
     "foundation_gan",
-    "shared_teacher",
 )
 _STATE = 16
 """Bytes per trained parameter in float32: weight, gradient and AdamW's two moments."""
@@ -117,8 +117,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """A counted run. kept: bytes that a sample keeps for the backward pass; unit: parameters of the largest block.
+    """A counted run. unit: parameters of the largest block.
 
+    kept: bytes that a sample keeps for the backward pass of a trained network; saved: of one that computes no block
+    again. brought: roles that hooks bring, beside the teacher's, the student's and the fake score's.
     sequence: tokens times width of a sample in a network whose ranks can share it, or 0.
     """
 
@@ -128,8 +130,10 @@ class Plan:
     size: tuple[int, int]
     schedule: tuple[float, ...]
     roles: tuple[Role, ...]
+    brought: tuple[Role, ...]
     passes: tuple[Pass, ...]
     kept: float
+    saved: float
     blocks: int
     unit: int
     sequence: int
@@ -150,24 +154,52 @@ class Plan:
         parallel = self.recipe.parallel
         return 1 if parallel.strategy == "ddp" else max(1, self.machine.gpus // parallel.replicas)
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Roles that train, in the order of their phases."""
+        return ("student", "fake", "discriminator") if self.recipe.gan else ("student", "fake")
+
+    def graphs(self, phase: str) -> tuple[str, ...]:
+        """The network of each pass whose graph lives at a phase's fullest moment.
+
+        Student: its own, the regression's, and the features' until they have given the samples their gradient. Fake:
+        its own and the features of samples and of real ones. The head reads those features again without a graph; R1
+        has that of a pass and of its gradient, or of two passes, through which nothing goes where none is trained.
+        """
+        gan = self.recipe.gan
+        if phase == "student":
+            return ("student",) * (2 if self.recipe.regression else 1) + ((gan.source,) if gan else ())
+        if phase == "fake":
+            return ("fake",) * (3 if _classifies(self.recipe) else 1)
+        regular = gan and gan.r1 and (gan.r1_form == "exact" or gan.source == "fake")
+        return (gan.source,) * 2 if gan and regular else ()
+
     def memory(self, role: str) -> dict[str, float]:
-        """Bytes on one rank while a role's backward pass runs, by what holds them."""
-        r, n = self.recipe, self.shards()
-        working = self.kept * (r.batch_size // r.accumulate) / r.parallel.context
-        trained = next(x for x in self.roles if x.name == role)
+        """Bytes on one rank at the fullest moment of a role's phase, by what holds them."""
+        r, n, roles = self.recipe, self.shards(), (*self.roles, *self.brought)
+        graphs = self.graphs(role)
+        trained = next(x for x in roles if x.name == role)
         # Under autocast each matrix is copied to bfloat16 for its pass, and the backward pass keeps the copies.
         copies = 2.0 if r.precision == "bfloat16" else 0.0
-        held = self.unit if n > 1 or r.activation_checkpointing else trained.parameters
+        one_by_one = graphs and (n > 1 or r.activation_checkpointing)
+        held = self.unit if one_by_one else sum(x.parameters for x in roles if x.name in (role, *graphs))
+        rows = r.batch_size // r.accumulate
         return {
-            "at rest": sum(x.at_rest(n) for x in self.roles),
+            "at rest": sum(x.at_rest(n) for x in roles),
             "gradients": trained.gradients(n),
-            "activations": working,
-            "copies": copies * held + (4.0 * self.unit if n > 1 else 0.0),
+            "activations": rows * sum(self._held(network, role) for network in graphs) / r.parallel.context,
+            "copies": copies * held + (4.0 * self.unit if n > 1 and graphs else 0.0),
         }
+
+    def _held(self, network: str, phase: str) -> float:
+        """Bytes of a sample's graph; a frozen network's and a second derivative's blocks are not computed again."""
+        gan, adapters = self.recipe.gan, self.recipe.adapters
+        derived = phase == "discriminator" and gan is not None and gan.r1_form == "exact"
+        return self.saved if derived or (network == "teacher" and adapters is None) else self.kept
 
     def checkpoint(self) -> float:
         """Bytes of a checkpoint: what is trained, its moments and its average."""
-        return sum(role.trained * (12.0 + 4.0 * role.averaged) for role in self.roles)
+        return sum(role.trained * (12.0 + 4.0 * role.averaged) for role in (*self.roles, *self.brought))
 
 
 class _Decoder(nn.Module):
@@ -224,6 +256,7 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
     half = 0.5 if recipe.precision == "bfloat16" else 1.0
     with torch.device("meta"):
         adapted = _adapter_parameters(recipe, network, family.lora_targets())
+        brought = tuple(_brought(recipe, family, network, x, condition))
     return Plan(
         recipe,
         machine or Machine(),
@@ -231,8 +264,10 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
         family.size,
         tuple(float(t) for t in family.schedule.grid(max(recipe.steps))),
         tuple(_roles(recipe, family, network, adapted)),
+        brought,
         tuple(_passes(recipe, family, cost, x, condition)),
         half * (cost.checkpointed if recipe.activation_checkpointing else cost.saved),
+        half * cost.saved,
         len(wrapped),
         max(count(m) for m in wrapped),
         _sequence(network, x),
@@ -274,6 +309,23 @@ def _roles(recipe: DistillRecipe, family: Any, network: nn.Module, adapted: int)
         yield Role(f"reward {reward}", _reward_parameters(reward))
 
 
+@torch.no_grad()
+def _brought(recipe: DistillRecipe, family: Any, network: nn.Module, x: Tensor, condition: Any) -> Iterator[Role]:
+    """Roles of hooks: a second teacher, cut as the first, and a head on features, whole on every rank."""
+    if recipe.shared_teacher:
+        yield Role("shared teacher", count(network), sharded=True)
+    if recipe.gan:
+        taps = (recipe.gan.tap,)
+        features = family.predict(network, x, torch.zeros(1, dtype=torch.float64), condition, taps=taps).features
+        head = count(Head(*features[recipe.gan.tap].shape[1:]))
+        yield Role("discriminator", head, head, averaged=recipe.ema > 0)
+
+
+def _classifies(recipe: DistillRecipe) -> bool:
+    """Whether the fake score's phase trains the network under the head, and leaves the head its features."""
+    return recipe.gan is not None and recipe.gan.source == "fake" and recipe.gan.fake_weight > 0
+
+
 def _reward_parameters(name: str) -> int:
     """Of a published reward by its kind, of another by the files in its folder (float16 on disk); 0 if unknown."""
     kind, source = parse_reward(name)
@@ -304,8 +356,14 @@ def _passes(
     yield Pass("fake", "fake score, forward and backward", train, fake, both)
     if r.gan:
         yield Pass("student", "features for the GAN, to its input", train, student, both)
-        yield Pass("fake", "classification, real and fake", train, 2.0 * fake, both)
-        yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake, 1)
+        if _classifies(r):
+            yield Pass("fake", "classification, real and fake", train, 2.0 * fake, both)
+        else:
+            yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake, 1)
+        if r.gan.r1 and r.gan.r1_form == "exact":
+            yield Pass("discriminator", "R1, forward and twice backward", train + cost.backward, fake, both + 1)
+        elif r.gan.r1:
+            yield Pass("discriminator", "R1, two passes", cost.forward, 2.0 * fake, 1)
     if r.regression:
         yield Pass("student", "regression, forward and backward", train, student, both)
     if r.advantage:
@@ -342,8 +400,10 @@ def _missing(recipe: DistillRecipe, machine: Machine) -> Iterator[str]:
     for key in ("two_key", "coherence"):
         if getattr(recipe.safeguards, key) is not None:
             yield f"not counted: safeguards.{key}"
-    if recipe.gan or recipe.foundation_gan:
-        yield "not counted: the discriminator's head"
+    if recipe.gan:
+        yield "passes for the discriminator are counted whole, of which their graphs end at its tap: an upper bound"
+    if recipe.regression and recipe.regression.features:
+        yield "not counted: regression.features, which compares decoded pictures with a graph"
     yield "not counted: the reward's own passes, previews, probes; what decoding holds while it runs"
 
 
@@ -360,7 +420,7 @@ def table(plan: Plan) -> Iterator[str]:
     yield f"batch {r.batch_size}: {r.accumulate} micro-batches of {micro} over all ranks, {r.iterations:,} iterations"
     yield ""
     yield f"{'role':<28}{'parameters':>16}{'trained':>16}{'GiB at rest':>14}"
-    for role in plan.roles:
+    for role in (*plan.roles, *plan.brought):
         rest = _gib(role.at_rest(plan.shards()))
         known = f"{role.parameters:,}" if role.parameters else "?"
         yield f"{role.name:<28}{known:>16}{role.trained or '–':>16{',' if role.trained else ''}}{rest:>14.2f}"
@@ -379,7 +439,7 @@ def table(plan: Plan) -> Iterator[str]:
         held += f", {r.parallel.context} ranks share a sample"
     yield f"{strategy} on {m.gpus} GPUs: {held}; {plan.blocks} blocks, the largest of {plan.unit:,} parameters"
     yield f"{'GiB on one GPU':<28}{'at rest':>10}{'gradients':>11}{'activations':>13}{'copies':>9}{'sum':>9}"
-    for phase in ("student", "fake"):
+    for phase in plan.phases:
         held_by = plan.memory(phase)
         cells = [_gib(value) for value in held_by.values()]
         fits = "" if sum(cells) < 0.9 * m.gib else f"   more than nine tenths of {m.gib:g} GiB"

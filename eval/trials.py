@@ -164,10 +164,12 @@ def make_job(comparison: Comparison, variant: str, seed: int, clock: Clock, iter
 def recipe_digest(recipe: DistillRecipe) -> str:
     """sha256 of everything that decides a run's result: its recipe without names, and the folders that it reads.
 
-    Sections that are absent do not count, so that a new option leaves finished runs finished.
+    Of the recipe counts what differs from the defaults, so that a new option leaves finished runs finished; the folders
+    are those of the whole of it. The price: where a default gets another value, runs that relied on it must be removed.
     """
-    tree = recipe.model_dump(mode="json", exclude={"name", "output"}, exclude_none=True)
-    inputs = {path: _folder_digest(path) for path in sorted(_folders(tree))}
+    names = {"name", "output"}
+    tree = recipe.model_dump(mode="json", exclude=names, exclude_defaults=True)
+    inputs = {path: _folder_digest(path) for path in sorted(_folders(recipe.model_dump(mode="json", exclude=names)))}
     return hashlib.sha256(json.dumps([tree, inputs], sort_keys=True).encode()).hexdigest()
 
 

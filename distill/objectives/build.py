@@ -133,7 +133,7 @@ def _safeguards(recipe: DistillRecipe, roles: Roles, heldout: tuple[str, ...]) -
     if guards.diversity:
         hooks.append(DiversityWatch(recipe.steps, group=group, **guards.diversity.model_dump()))
     if guards.coherence is not None:
-        hooks.append(CoherenceGate(roles, threshold=guards.coherence, time_range=recipe.time_range))
+        hooks.append(CoherenceGate(roles, threshold=guards.coherence))
     if guards.guidance_ceiling:
         hooks.append(GuidanceCeiling(guards.guidance_ceiling))
     return hooks

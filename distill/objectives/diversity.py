@@ -15,11 +15,12 @@ class FirstStepAnchor(Hook):
 
     λ = 0.05, k = 5, n = 30, the teacher guided (reference code, high confidence). The reference compares velocities;
     from pure noise that is the same in x0-space, ‖v_θ − (x_1 − z_k)/(1 − t_k)‖², and x0-space needs no flow.
-    matching: also apply distribution matching to the first step; the paper does not, it detaches after that step.
+    matching: also apply distribution matching to the first step; the paper does not, it detaches after that step. The
+    only step of a student of one is matched in any case.
     Here each iteration trains one step of the grid, so that both terms are met as often as their steps are drawn.
     """
 
-    terms = Terms(beta="0 if k = 1", alpha="0 if k = 1", extra="λ·‖x − x̂‖² to the teacher's ODE if k = 1")
+    terms = Terms(beta="0 if k = 1 < K", alpha="0 if k = 1 < K", extra="λ·‖x − x̂‖² to the teacher's ODE if k = 1")
 
     def __init__(
         self, roles: Roles, *, weight: float, anchor: int, steps: int, guidance: float, matching: bool = False

@@ -98,7 +98,8 @@ def match(
     x_f = family.predict(fake, x_t, t, rollout.condition).x0
     ones = torch.ones(len(x), device=x.device)
     scale = math.normaliser(x, guided)
-    return Matching(t, x_t, x_c, x_f, math.dm_displacement(x_c, x_f), alignment, guidance, scale, ones, ones)
+    dm = math.dm_displacement(x_c, x_f)
+    return Matching(t, x_t, x_c, x_f, dm, alignment, guidance, scale, ones, ones, teacher)
 
 
 def fake_loss(

@@ -6,8 +6,10 @@ student samples are noised at independent times, as in the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from math import gcd
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +78,21 @@ class Adversary(Hook):
             self.head = Head(*self._shape()).to(device())
 
     def _shape(self) -> tuple[int, ...]:
-        """Of the tapped features, from a pass of the teacher, which is alike; ranks without weights yet know shapes."""
+        """Of the tapped features, from a pass of the teacher, which is alike.
+
+        On the meta device in float32: real weights may be in bfloat16, wait on the host, or not be there yet.
+        """
         family, teacher = self.roles.family, self.roles.teacher
+        x = torch.zeros(1, *family.latent_shape(), device="meta")
+        t = torch.zeros(1, dtype=torch.float64, device="meta")
+        condition = {name: rows.to("meta") for name, rows in family.unconditional(1).items()}
         held = getattr(teacher, "base", teacher)
-        home = next(held.parameters()).device
-        place = home if home.type == "meta" else device()
-        x = torch.zeros(1, *family.latent_shape(), device=place)
-        t = torch.zeros(1, dtype=torch.float64, device=place)
-        condition = {name: rows.to(place) for name, rows in family.unconditional(1).items()}
-        if home != place:  # from the host, where networks wait to be cut into shards
-            held.to(place)
-        features = family.predict(teacher, x, t, condition, taps=(self.tap,)).features
-        if home != place:
-            held.to(home)
-        return tuple(features[self.tap].shape[1:])
+        one = _Pass(held, lambda: family.predict(teacher, x, t, condition, taps=(self.tap,)))
+        shadows = {
+            name: torch.empty_like(tensor, dtype=torch.float32 if tensor.is_floating_point() else None, device="meta")
+            for name, tensor in chain(one.named_parameters(), one.named_buffers())
+        }
+        return tuple(functional_call(one, shadows, ()).features[self.tap].shape[1:])
 
     def extra_student_loss(self, rollout: Rollout) -> Tensor:
         leaf = rollout.samples.requires_grad_()
@@ -162,6 +165,17 @@ class Adversary(Hook):
             self.network, x_t, t, condition, taps=(self.tap,)
         ).features
         return features[self.tap]
+
+
+class _Pass(nn.Module):
+    """A pass through a network as a module of its own, so that ``functional_call`` can lend the network tensors."""
+
+    def __init__(self, network: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.network, self.run = network, run
+
+    def forward(self) -> Any:
+        return self.run()
 
 
 def classification(student: Tensor, real: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def table() -> str:
 
 def row(method: Method) -> Sequence[str]:
     """What a method's hooks put into each slot of the operator."""
-    seen = [hook.terms for hook in method.hooks]
+    seen = [hook.terms_in(method.sections) for hook in method.hooks]
 
     def slot(key: str, default: str, joint: str) -> str:
         return joint.join(text for terms in seen if (text := getattr(terms, key))) or default

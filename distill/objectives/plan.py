@@ -7,7 +7,7 @@ add losses and bring a discriminator; hooks combine by multiplication of weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -24,8 +24,8 @@ Part = Literal["dm", "ca", "fake"]
 """What is re-noised: for distribution matching, for conditional alignment, or for the fake score's own loss."""
 
 
-def _missing(name: str) -> Callable[[], Any]:
-    def refuse() -> Any:
+def _missing(name: str) -> Callable[..., Any]:
+    def refuse(*asked: Any) -> Any:
         raise ValueError(f"this rollout has no {name}; its task gives none, or the recipe names no advantage.reward")
 
     return refuse
@@ -42,7 +42,8 @@ class Rollout:
     next lie as fractions of the time axis (0 after the last step). eps: the student's noise estimate at x_{t_k},
     without a graph. trust: factor in [0, 1] that safeguards put on the squashed advantage.
     heldout: scores (B,) of rewards that nothing trains on. random: a generator of this micro-batch by purpose.
-    real: () -> clean latents of the data like x, and their conditions. cache: what hooks keep between phases.
+    real: () -> clean latents of the data like x, and their conditions. renoise: (the rollout, a generator) -> times
+    (B,) and noise like x, as matching draws them. cache: what hooks keep between phases.
     telemetry: what hooks want to be logged with this micro-batch.
     """
 
@@ -63,6 +64,9 @@ class Rollout:
     heldout: dict[str, Tensor] = field(default_factory=dict)
     random: Callable[[str], torch.Generator] = field(default=lambda purpose: torch.Generator().manual_seed(0))
     real: Callable[[], tuple[Tensor, Condition]] = field(default_factory=lambda: _missing("real samples"))
+    renoise: Callable[[Rollout, torch.Generator], tuple[Tensor, Tensor]] = field(
+        default_factory=lambda: _missing("way to re-noise")
+    )
     cache: dict[str, Any] = field(default_factory=dict)
     telemetry: Telemetry = field(default_factory=dict)
 
@@ -78,7 +82,7 @@ class Matching:
 
     t: (B,) times of re-noising for distribution matching, x_t: the samples there, x_c and x_f: the clean estimates of
     the teacher and the fake score at x_t, dm and ca: the displacements x_c − x_f and x_c − x_u, guidance: ω.
-    alpha, beta: (B,) weights once they are known; scale: (B,) the normaliser n.
+    alpha, beta: (B,) weights once they are known; scale: (B,) the normaliser n; teacher: the network of x_c.
     """
 
     t: Tensor
@@ -91,6 +95,7 @@ class Matching:
     scale: Tensor
     alpha: Tensor
     beta: Tensor
+    teacher: nn.Module
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,11 @@ class Hook:
 
     terms: ClassVar[Terms] = Terms()
     """What the generated table of methods says of this hook."""
+
+    @classmethod
+    def terms_in(cls, sections: Mapping[str, Any]) -> Terms:
+        """The same for a recipe with these sections, where they decide."""
+        return cls.terms
 
     memory: nn.Module | None = None
     """What must survive a resumed run: buffers, which stay on the host, or parameters, which the fake score trains."""

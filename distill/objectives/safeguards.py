@@ -48,21 +48,19 @@ class GuidanceCeiling(Hook):
 class CoherenceGate(Hook):
     """β_i is not raised above 1 where the matching displacement of an independent (τ, ε) points elsewhere.
 
-    cos(x_c − x_f, x_c' − x_f') < threshold: the direction that β would amplify is noise. One more conditional call of
-    the teacher and one of the fake score per student update.
+    cos(x_c − x_f, x_c' − x_f') < threshold: the direction that β would amplify is noise. The second point is drawn as
+    matching draws its own and asks matching's teacher. One more conditional call of it and one of the fake score per
+    student update.
     """
 
-    def __init__(self, roles: Roles, *, threshold: float, time_range: tuple[float, float]) -> None:
-        self.roles, self.threshold, self.time_range = roles, threshold, time_range
+    def __init__(self, roles: Roles, *, threshold: float) -> None:
+        self.roles, self.threshold = roles, threshold
 
     def limit(self, rollout: Rollout, matching: Matching) -> tuple[Tensor, Tensor]:
-        family, (low, high) = self.roles.family, self.time_range
-        rng = rollout.random("coherent")
-        u = uniform(len(rollout.x), rng, rollout.x.device)
-        t = time_at(family.schedule, low + u * (high - low))
-        noise = normal(rollout.x.shape, rng, rollout.x.device)
+        family = self.roles.family
+        t, noise = rollout.renoise(rollout, rollout.random("coherent"))
         x_t = math.add_noise(rollout.samples, noise, *coefficients(family.schedule, t))
-        teacher = family.predict(self.roles.teacher, x_t, t, rollout.condition).x0
+        teacher = family.predict(matching.teacher, x_t, t, rollout.condition).x0
         second = math.dm_displacement(teacher, family.predict(self.roles.fake, x_t, t, rollout.condition).x0)
         cosine = cosine_similarity(matching.dm.flatten(1), second.flatten(1))
         gated = (cosine < self.threshold) & (matching.beta > 1)

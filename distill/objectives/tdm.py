@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +24,13 @@ class SubIntervalMatching(Hook):
     student loss lacks our ½. The paper's losses are updated 1:1, fake_per_student: 1.
     """
 
-    terms = Terms(times="uniform in [t_{k+1}, t_k]", weight="min(SNR, 5)·exp(½(ε² − ε'²))")
+    terms = Terms(times="uniform in [t_{k+1}, t_k]", weight="min(SNR, 5)")
+
+    @classmethod
+    def terms_in(cls, sections: Mapping[str, Any]) -> Terms:
+        if sections.get("sampler") != "deterministic":
+            return cls.terms
+        return replace(cls.terms, weight=f"{cls.terms.weight}·exp(½(ε² − ε'²))")
 
     def __init__(self, roles: Roles, *, deterministic: bool, snr_cap: float | None = 5.0) -> None:
         self.roles, self.deterministic, self.snr_cap = roles, deterministic, snr_cap

@@ -47,8 +47,11 @@ from distill.tasks.samples import samples_for
 from distill.tasks.video import judge_for, stills
 from distill.telemetry.counters import Passes
 from distill.telemetry.probe import LOW, Probe
-from distill.telemetry.sink import Some
+from distill.telemetry.sink import Count, Some
 from distill.trainer import Phase, Telemetry, generator, seeded
+
+AT_BOUND = 0.99
+"""Of the bound: an advantage counts as clipped from here on. In a group of two |a| = σ/(σ + ε) never passes 1."""
 
 
 class DistillationTask:
@@ -91,6 +94,9 @@ class DistillationTask:
             compile_blocks(self.networks(), self.blocks())
         self._rollouts: dict[int, Rollout] = {}
         self.passes = Passes({"teacher": self.teacher, **self.roles, "fake": self.fake})
+        for hook in self.hooks:
+            if isinstance(hook, SharedTeacher):
+                self.passes.watch("teacher", hook.network)
         self.probe_every = recipe.telemetry.every
         self._probe: Probe | None = None
 
@@ -258,6 +264,7 @@ class DistillationTask:
             trust=trust(self.hooks, iteration),
             random=lambda purpose: generator(r.seed, iteration, micro, purpose),
             real=lambda: self._real(iteration, micro),
+            renoise=lambda rollout, rng: self._renoise(rollout, "dm", rng, r.time_range),
         )
         if self.reward is not None:
             self._score(rollout)
@@ -289,8 +296,8 @@ class DistillationTask:
         rollout.rewards = lambda: rewards
         rollout.heldout = held
         if count:
-            missing = count - finite.sum()
-            rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": missing}
+            scored = torch.stack([rewards, *held.values()])[:, :count]
+            rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": Count(~scored.isfinite())}
             for name, values in held.items():
                 rollout.telemetry[f"heldout/{name}"] = Some(values, values.isfinite())
             for judge in (self.reward, *self.heldout):
@@ -319,7 +326,7 @@ class DistillationTask:
             "advantage": squashed,
             "zone/low_reward": (squashed < -LOW).float().mean(),
             "reward_group_std": grouped.std(1, unbiased=False).nanmean(),
-            "advantage_clipped": (advantage[:count].abs() > settings.bound).float().mean(),
+            "advantage_clipped": (advantage[:count].abs() >= AT_BOUND * settings.bound).float().mean(),
         }
         if rollout.index == rollout.steps - 1:  # earlier steps are blurred
             rollout.telemetry["diversity"] = group_diversity(rollout.samples, settings.group).mean()

@@ -19,7 +19,11 @@ class Passes:
         self.rows: Counter[str] = Counter()
         self.silent = False
         for name, network in networks.items():
-            network.register_forward_pre_hook(self._counting(name), with_kwargs=True)
+            self.watch(name, network)
+
+    def watch(self, name: str, network: nn.Module) -> None:
+        """Count a further network's rows as ``name``'s."""
+        network.register_forward_pre_hook(self._counting(name), with_kwargs=True)
 
     def count(self, name: str, rows: int) -> None:
         if not self.silent:

@@ -127,7 +127,7 @@ def gradients(record: Record) -> Series:
 
 
 def faults(record: Record) -> Series:
-    """Values that were not finite, and rewards that were not, summed up to each interval."""
+    """Values that were not finite, and rewards (held-out ones as well) that were not, summed up to each interval."""
     x, y, total = [], [], 0.0
     for line in record.lines:
         total += sum(line.get("not_finite", {}).values()) + (line.get("reward_not_finite") or 0.0)
@@ -214,7 +214,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "Advantages are graded", "bang-bang weights", named("advantage_clipped"), 0.7, 0.95,
-        "Share of advantages beyond the bound. Near 1 every sample counts as either best or worst.",
+        "Share of advantages at their bound or beyond. Near 1 every sample counts as either best or worst.",
         "Raise advantage.sigma_floor to the reward's own spread, or use squash: tanh.", "Needs an advantage.",
     ),
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """Where telemetry goes: one JSON line per interval, TensorBoard, and previews as PNG.
 
 A value is a mean over its interval if it is a float or a tensor without dimensions; a tensor of samples adds a
-histogram; a Total is summed; Some tells the mean of the samples that it chooses, if any. Values that are not finite are
-counted and left out of means. Tensors stay on their device until the interval is told: looking at one waits for it.
+histogram; a Total and a Count are summed; Some tells the mean of the samples that it chooses, if any. Values that are
+not finite are counted and left out of means. Tensors stay on their device until the interval is told: looking at one
+waits for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ class Some(NamedTuple):
     mask: Tensor
 
 
-Value = Tensor | float | Some
+class Count(NamedTuple):
+    """How many of a mask are true, counted when it is told and summed over an interval."""
+
+    mask: Tensor
+
+
+Value = Tensor | float | Some | Count
 
 
 def on_host(telemetry: Mapping[str, Sequence[Value]]) -> dict[str, list[Value]]:
@@ -45,7 +52,7 @@ def on_host(telemetry: Mapping[str, Sequence[Value]]) -> dict[str, list[Value]]:
 
     def placed(value: Value) -> Value:
         parts = [host[id(part)] for part in _tensors(value)]
-        return Some(*parts) if isinstance(value, Some) else parts[0] if parts else value
+        return type(value)(*parts) if isinstance(value, Some | Count) else parts[0] if parts else value
 
     return {name: [placed(value) for value in several] for name, several in telemetry.items()}
 
@@ -64,7 +71,7 @@ def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _tensors(value: Value) -> tuple[Tensor, ...]:
-    if isinstance(value, Some):
+    if isinstance(value, Some | Count):
         return value
     return (value,) if isinstance(value, Tensor) else ()
 
@@ -141,7 +148,7 @@ def summary(
         finite = array[np.isfinite(array)]
         if len(finite) < len(array):
             faults[name] = len(array) - len(finite)
-        total = any(isinstance(value, Total) for value in several)
+        total = any(isinstance(value, Total | Count) for value in several)
         numbers[name] = float((finite.sum() if total else finite.mean()) if len(finite) else math.nan)
         if len(finite) and any(isinstance(value, Tensor) and value.ndim for value in several):
             histograms[name] = histogram(finite)
@@ -156,6 +163,8 @@ def pooled(values: Sequence[Value]) -> NDArray[np.float64]:
 def _row(value: Value) -> NDArray[np.float64]:
     if isinstance(value, Some):
         value = value.values[value.mask].mean().reshape(-1)[: int(value.mask.any())]
+    if isinstance(value, Count):
+        value = value.mask.sum()
     return value.detach().double().cpu().reshape(-1).numpy() if isinstance(value, Tensor) else np.array([value])
 
 

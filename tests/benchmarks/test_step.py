@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.peers import Checkout, checkouts
-from benchmarks.step import Clock, main, measure, median_interval, variant
+from benchmarks.step import Clock, Row, main, measure, median_interval, print_bar, variant
 from distill.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,35 @@ def test_ratios_are_over_the_first_contender_of_whole_periods(ticking: itertools
     assert rows[1].phases == {"fake": 6.0}
 
 
+@pytest.mark.parametrize(
+    ("interval", "middle", "verdict", "below"),
+    [
+        ((1.01, 1.149), 1.1, "pass", [True, True, True]),
+        ((1.01, 1.15), 1.1, "undecided", [True, True, False]),
+        ((1.14, 1.3), 1.2, "undecided", [True, False, False]),
+        ((1.15, 1.3), 1.2, "fail", [False, False, False]),
+        (None, 1.1, "undecided", [None, True, None]),
+    ],
+)
+def test_a_bar_is_passed_where_the_whole_interval_lies_below_it(
+    interval: tuple[float, float] | None,
+    middle: float,
+    verdict: str,
+    below: list[bool | None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of processor time; the ratio of wall-clock, which other work disturbs, decides nothing."""
+    first = Row("dmd2", 1.0, 1.0, 1.0, None, 1.0, None, {})
+    row = Row("amd", 1.0, 1.0, 9.0, (8.0, 9.0), middle, interval, {})
+    assert row.bar == {
+        "bar": 1.15,
+        "verdict": verdict,
+        "below": dict(zip(("low", "middle", "high"), below, strict=True)),
+    }
+    print_bar([first, row])
+    assert f"amd: {verdict} at 1.15 of dmd2's processor time (low " in capsys.readouterr().out
+
+
 def test_a_method_keeps_the_recipes_own_values(at_root: None) -> None:
     plain, amd = variant(DIGITS, "dmd2"), variant(DIGITS, "amd adaptation.strength=0.3", ["batch_size=16"])
     assert (plain.advantage, plain.adaptation, plain.sharpening) == (None, None, None)
@@ -125,7 +154,9 @@ def test_a_run_times_every_phase_and_keeps_other_entries(
     assert all(seconds > 0 for row in (plain, amd) for seconds in row["phases"].values())
     assert amd["ratio_interval"] is None and amd["seconds"] > 0
     assert entry["methods"]["amd"]["advantage"]["sigma_floor"] == 0.05 and "advantage" not in entry["methods"]["dmd2"]
-    assert f"wrote {out}" in capsys.readouterr().out
+    assert amd["bar"]["verdict"] == "undecided" and amd["bar"]["below"]["middle"] == (amd["cpu_ratio"] < 1.15)
+    told = capsys.readouterr().out
+    assert f"wrote {out}" in told and "amd: undecided at 1.15 of dmd2's processor time" in told
 
 
 # --- other projects ------------------------------------------------------------------------------------------------

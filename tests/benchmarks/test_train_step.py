@@ -28,13 +28,17 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEAPFROG_DEVICE", "cpu")
 
 
-def test_a_rehearsal_measures_both_methods_by_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("family", "layout"), [("sit", "full"), ("sdxl", "lora"), ("wan", "lora")])
+def test_a_rehearsal_measures_both_methods_by_phase(
+    family: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "train_step.json"
     out.write_text('{"another": {}}')
-    assert main(["--family", "sit", *SMALL, "--json", str(out)]) == 0
+    assert main(["--family", family, "--layout", layout, *SMALL, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    entry = found.pop(next(key for key in found if key.startswith("sit, full")))
+    entry = found.pop(next(key for key in found if key.startswith(f"{family}, {layout}")))
     assert list(found) == ["another"] and entry["shrunk"] and entry["torch"] == torch.__version__
+    assert entry["layout"] == layout
     plain, amd = entry["rows"]
     assert (plain["method"], amd["method"], plain["ratio"]) == ("dmd2", "amd", 1.0)
     assert amd["ratio"] == pytest.approx(amd["seconds"][0] / plain["seconds"][0], rel=1e-3)

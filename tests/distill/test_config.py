@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from distill.config import DistillRecipe, RecipeError, SceneData, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+PRODUCTION = [path for path in RECIPES if not path.stem.startswith(("scenes-", "digits-"))]
+MARK = re.compile(r"\[[A-Z]\]")
 
 
 def write(folder: Path, tree: Any) -> Path:
@@ -50,6 +53,17 @@ def test_every_recipe_of_ours_parses(path: Path) -> None:
     assert recipe.batch_size % recipe.accumulate == 0
     again = parse_recipe(recipe.model_dump(mode="json"))
     assert again == recipe
+
+
+@pytest.mark.parametrize("path", PRODUCTION, ids=lambda path: path.stem)
+def test_every_number_of_a_production_recipe_says_where_it_comes_from(path: Path) -> None:
+    """By a mark such as [O] on its line, which the recipe's head explains; digits of names are no numbers."""
+    lines = [line.partition("#") for line in path.read_text(encoding="utf-8").splitlines()]
+    head = {mark for code, _, said in lines if not code for mark in MARK.findall(said)}
+    numbers = [(code, said) for code, _, said in lines if re.search(r"\d", re.sub(r"^(name|output):.*", "", code))]
+    assert len(numbers) > 10
+    assert [code for code, said in numbers if not MARK.search(said)] == []
+    assert {mark for code, _, said in lines if code for mark in MARK.findall(said)} <= head
 
 
 def test_students_and_their_controls_differ_in_the_method_alone() -> None:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import resource
+import json
+import re
+import subprocess
 import sys
+import textwrap
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import CLIPConfig, CLIPModel
 
 from distill.config import RecipeError, load_recipe, parse_recipe
+from distill.costs import count
 from distill.dryrun import REWARD_PARAMETERS, Machine, Plan, plan, table
+from distill.parallel.options import Parallel
 from distill.run import main
+from distill.tasks.distillation import DistillationTask
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 PRODUCTION = sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.startswith(("scenes-", "digits-")))
 GIB = 2**30
 
@@ -30,21 +44,97 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPES.parent)  # recipes name models/ from there
 
 
-def peak() -> int:
-    """The largest size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, resource, sys
+from pathlib import Path
+import distill.dryrun
+from distill.run import main
+
+def peak():
+    status = Path("/proc/self/status")  # ru_maxrss begins at the parent's on Linux, and is in bytes on a Mac
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+for name in map(str.strip, sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main([f"recipes/{name}.yaml", "--dry-run"])
+    print(json.dumps((code, peak() - before, printed.getvalue())), flush=True)
+"""
+DryRun = Callable[[str], tuple[int, int, str]]
+
+
+@pytest.fixture(scope="module")
+def dry_run() -> Iterator[DryRun]:
+    """By recipe: exit status, bytes by which a process of its own has grown, what was printed."""
+    command = [sys.executable, "-c", ONE_AFTER_ANOTHER]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        asked, told = process.stdin, process.stdout
+        assert asked and told
+
+        @cache
+        def run(name: str) -> tuple[int, int, str]:
+            print(name, file=asked, flush=True)
+            code, grown, printed = json.loads(told.readline())
+            return code, grown, printed
+
+        yield run
+        asked.close()
+
+
+def commented(printed: str) -> list[str]:
+    return [line.removeprefix("#").removeprefix(" ") for line in printed.splitlines() if line.startswith("#")]
 
 
 @pytest.mark.parametrize("name", PRODUCTION)
-def test_every_production_recipe_is_counted_without_its_weights(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = peak()
-    assert main([str(RECIPES / f"{name}.yaml"), "--dry-run", "--assume", "gpus=4,mfu=0.5"]) == 0
-    assert peak() - before < GIB  # the smallest of these networks has 2.8 of float32 alone
-    printed = capsys.readouterr().out
+def test_every_production_recipe_is_counted_without_its_weights(name: str, dry_run: DryRun) -> None:
+    code, grown, printed = dry_run(name)
+    assert code == 0 and grown < GIB  # the smallest of these networks has 2.8 of float32 alone
     assert parse_recipe(yaml.safe_load(printed)) == load_recipe(RECIPES / f"{name}.yaml")
-    comments = [line for line in printed.splitlines() if line.startswith("#")]
-    for words in ("GPU-hours", "teacher", "student phase", "fake phase", "50% of it", "on 4 GPUs", "a checkpoint has"):
-        assert any(words in line for line in comments), words
+    told = "\n".join(commented(printed))
+    for words in (
+        "parameters", "teacher", "student phase", "fake phase", "35% of it", "on 8 GPUs", "a checkpoint has",
+        r"on 8 GPUs: (shards over 8 ranks|whole copies); \d+ blocks",
+    ):  # fmt: skip
+        assert re.search(words, told), words
+    (cost,) = re.findall(r"(\S+) GPU-hours, \S+ hours on 8 GPUs, \$(\S+) at \$2.5 per GPU-hour", told)
+    hours, dollars = (float(number.replace(",", "")) for number in cost)
+    assert dollars == pytest.approx(2.5 * hours, rel=0.01)  # the hours are printed with three digits
+
+
+def test_what_is_assumed_is_what_is_reckoned_with(capsys: pytest.CaptureFixture[str]) -> None:
+    given = "gpus=4,mfu=0.5,tflops=312,gib=40,dollars=1.6"
+    assert main([str(RECIPES / "sit-xl-amd-1step.yaml"), "--dry-run", "--assume", given]) == 0
+    told = "\n".join(commented(capsys.readouterr().out))
+    hours = counted("sit-xl-amd-1step").operations * load_recipe(RECIPES / "sit-xl-amd-1step.yaml").iterations
+    hours /= 312e12 * 0.5 * 3600
+    assert "at 312 TFLOP/s and 50% of it" in told and "ddp on 4 GPUs: whole copies" in told
+    assert f"{hours:,.3g} GPU-hours, {hours / 4:,.3g} hours on 4 GPUs, ${1.6 * hours:,.0f} at $1.6 per GPU-hour" in told
+    assert "more than nine tenths of 40 GiB" in told
+
+
+def test_the_page_shows_what_the_command_prints(dry_run: DryRun) -> None:
+    page = (ROOT / "docs/recipes.md").read_text()
+    (name, block), *others = re.findall(
+        r"<!-- python -m distill.run recipes/(\S+).yaml --dry-run -->\n((?:\n| .*\n)+)", page
+    )
+    assert not others
+    shown = [part.splitlines() for part in textwrap.dedent(block).strip().split("\n\n")]
+    assert len(shown) == 3
+    told = "\n".join(commented(dry_run(name)[2]))
+    for part in shown:
+        assert "\n".join(part) in told
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_the_pages_table_has_the_printed_numbers(name: str, dry_run: DryRun) -> None:
+    page, told = (ROOT / "docs/recipes.md").read_text(), "\n".join(commented(dry_run(name)[2]))
+    (row,) = re.findall(rf"^\| `{name}` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    (forward,) = re.findall(r"^student: fake score +(\S+)", told, re.MULTILINE)
+    (hours,) = re.findall(r"(\S+) GPU-hours,", told)
+    sums = re.findall(r"^\w+ phase .* (\S+)$", told, re.MULTILINE)
+    assert [float(cell) for cell in row] == [float(forward), float(hours), max(map(float, sums))]
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted(RECIPES.glob("*.yaml")) if p.stem not in PRODUCTION])
@@ -118,6 +208,136 @@ def test_memory_follows_the_roles_and_the_shards() -> None:
     groups = load_recipe(RECIPES / "sit-xl-amd-1step.yaml", ["parallel={strategy: hsdp, replicas: 4}"])
     some = replace(sharded, recipe=groups)
     assert some.shards() == 4 and some.memory("fake")["gradients"] == pytest.approx(n)
+
+
+class Living:
+    """Bytes that graphs hold at present and at most, each storage once and no parameters."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self.now = self.most = 0
+        self._parameters = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+        self._holders = Counter[int]()
+
+    def pack(self, tensor: Tensor) -> list[Tensor]:
+        storage, kept = tensor.untyped_storage(), Held([tensor])
+        if storage.data_ptr() not in self._parameters:
+            self._hold(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(kept, self._hold, storage.data_ptr(), storage.nbytes(), -1)
+        return kept
+
+    def _hold(self, place: int, size: int, more: int) -> None:
+        before = self._holders[place]
+        self._holders[place] += more
+        self.now += size * ((before + more > 0) - (before > 0))
+        self.most = max(self.most, self.now)
+
+
+class Held(list[Tensor]):
+    """A list of which it is seen that it goes."""
+
+
+@pytest.mark.parametrize(
+    ("sections", "graphs"),
+    [
+        ([], (1, 1)),
+        (["regression={pairs: 32, steps: 2}"], (2, 1)),
+        (["gan={}"], (2, 3, 0)),
+        (["gan={}", "regression={pairs: 32, steps: 2}"], (3, 3, 0)),
+        (["gan={source: teacher}"], (2, 1, 0)),
+        (["gan={fake_weight: 0}"], (2, 1, 0)),
+        (["gan={r1: 1}"], (2, 3, 2)),
+        (["gan={r1: 1, r1_form: finite}"], (2, 3, 2)),
+        (["gan={r1: 1, r1_form: finite, source: teacher}"], (2, 1, 0)),
+    ],
+)
+def test_memory_has_the_graphs_that_live_together_in_each_phase(sections: list[str], graphs: tuple[int, ...]) -> None:
+    """Of features a half is counted too much, what lies between the tap and the network's end."""
+    small = ["batch_size=32", "fake_per_student=1", "fake_warmup=0", "steps=[2]"]
+    found = counted("digits-dmd2", *small, *sections)
+    assert tuple(len(found.graphs(phase)) for phase in found.phases) == graphs
+    task = DistillationTask(found.recipe)
+    heads = 0.05 * 32 * found.kept
+    phases = task.phases(0)
+    assert [phase.role for phase in phases] == list(found.phases)
+    for phase in phases:
+        living = Living(task.roles.values())
+        task.passes.take()
+        with saved_tensors_hooks(living.pack, lambda kept: kept[0]):
+            torch.autograd.backward(phase.loss(0)[0])
+        expected = found.memory(phase.role)["activations"]
+        assert 0.7 * expected <= living.most <= expected + heads
+        for network in task.roles.values():
+            network.zero_grad()
+    for role in (*found.roles[:3], *found.brought):
+        assert role.parameters == count(task.roles.get(role.name, task.teacher))
+
+
+def test_a_teacher_of_its_own_computes_no_block_again() -> None:
+    found = counted("digits-dmd2", "gan={source: teacher}", "activation_checkpointing=true")
+    assert found.kept < 0.5 * found.saved
+    assert found.memory("student")["activations"] == pytest.approx(128 * (found.kept + found.saved))
+    assert found.memory("fake")["activations"] == pytest.approx(128 * found.kept)
+
+
+def test_each_pass_of_the_discriminator_is_counted_once() -> None:
+    """Where the fake score's phase has classified, the head's phase reads its features."""
+
+    def rows(*sections: str) -> dict[str, float]:
+        found = counted("digits-dmd2", "batch_size=32", "fake_per_student=1", "fake_warmup=0", "steps=[1]", *sections)
+        task, seen = DistillationTask(found.recipe), dict[str, float]()
+        phases = {phase.role: phase.loss for phase in task.phases(0)}
+        phases.pop("student")(0)
+        for role, loss in phases.items():
+            task.passes.rows.clear()
+            told: Any = loss(0)[1].get("forwards/fake", 0.0)
+            seen[role] = task.passes.rows["fake"] + told
+            assert seen[role] == 32 * sum(p.often for p in found.passes if p.phase == role)
+        return seen
+
+    assert rows("gan={}") == {"fake": 96, "discriminator": 0}
+    assert rows("gan={fake_weight: 0}") == {"fake": 32, "discriminator": 64}
+    assert rows("gan={r1: 1}") == {"fake": 96, "discriminator": 32}
+    assert rows("gan={r1: 1, r1_form: finite}") == {"fake": 96, "discriminator": 64}
+
+
+def test_dmd2s_discriminator_has_a_row_and_a_phase(dry_run: DryRun) -> None:
+    told = commented(dry_run("sdxl-dmd2-4step")[2])
+    sides, width = 3, 1280  # 32 × 32 to 4 × 4
+    head = sides * (16 * width**2 + width + 2 * width) + 16 * width + 1
+    (row,) = [line.split() for line in told if line.startswith("discriminator  ")]
+    assert row == ["discriminator", f"{head:,}", f"{head:,}", f"{12 * head / GIB:.2f}"]
+    parts = {
+        words[0]: [float(cell) for cell in words[2:]] for line in told if (words := line.split())[1:2] == ["phase"]
+    }
+    assert parts["student"][2] == pytest.approx(2 / 3 * parts["fake"][2], abs=0.1) and parts["fake"][2] > 4
+    assert parts["discriminator"][1:3] == [round(4 * head / GIB, 1), 0.0]
+    assert any(line.startswith("passes for the discriminator are counted whole") for line in told)
+
+
+def test_a_shared_teacher_is_a_fourth_network() -> None:
+    plain, shared = (counted("digits-dmd2", *more, gpus=4) for more in ([], ["shared_teacher={}"]))
+    n = plain.roles[0].parameters
+    assert shared.memory("fake")["at rest"] == plain.memory("fake")["at rest"] + 4 * n
+    cut = replace(shared, recipe=shared.recipe.model_copy(update={"parallel": Parallel(strategy="fsdp")}))
+    assert [role.at_rest(cut.shards()) for role in cut.brought] == [n]
+    lines = list(table(shared))
+    assert any(line.startswith(f"shared teacher {n:>29,}") for line in lines)
+    assert (
+        not any("not counted: shared_teacher" in line for line in lines) and shared.checkpoint() == plain.checkpoint()
+    )
+
+
+def test_wan_14b_is_counted_with_four_ranks_to_a_sample() -> None:
+    """The line of docs/recipes.md."""
+    words = ("teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers", "parallel.context=4")
+    assert f"recipes/wan-1.3b-amd-4step-lora.yaml {' '.join(words)}" in (ROOT / "docs/recipes.md").read_text()
+    found = counted("wan-1.3b-amd-4step-lora", *words)
+    assert (found.roles[0].parameters, found.blocks) == (14_288_491_584, 40)
+    tokens = 21 * 30 * 52
+    assert found.sequence == tokens * 40 * 128 and tokens % 4 == 0
+    assert found.memory("student")["activations"] == found.kept * found.recipe.batch_size / found.recipe.accumulate / 4
+    with pytest.raises(RecipeError, match=r"context is 3 for 40 heads of attention; use one of 1, 2, 4, 5, 8"):
+        counted("wan-1.3b-amd-4step-lora", words[0], "parallel.context=3")
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:

@@ -16,9 +16,10 @@ from distill import math
 from distill.families.base import Prediction
 from distill.objectives import amd
 from distill.objectives.amd import DynamicScoreAdaptation, RepulsiveSharpening
-from distill.objectives.dmd import fake_loss, student_loss
+from distill.objectives.dmd import by_noise, fake_loss, student_loss
 from distill.objectives.plan import Hook, Rollout
 from distill.sampling import Flow, ScaledLinear, x0_coefficients
+from distill.telemetry.sink import summary
 
 Array = NDArray[np.float64]
 SHAPE = (2, 3, 3)
@@ -489,3 +490,73 @@ def test_a_mistake_in_a_formula_fails_a_test(monkeypatch: pytest.MonkeyPatch, mi
             monkeypatch.setattr(module, name, scope[name])
     with pytest.raises(AssertionError):
         guard()
+
+
+# --- what is logged -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "decoupled"])
+def test_the_log_tells_the_lengths_the_angle_and_the_normaliser_of_both_displacements(apart: bool) -> None:
+    """Means over samples of ‖x_c − x_f‖, ‖x_c − x_u‖, their cosine and n, and of each sample α, β and ω_i."""
+    case = Case("flow")
+    rng = torch.Generator().manual_seed(9)
+    t, noise = 0.1 + 0.8 * torch.rand(8, generator=rng, dtype=torch.float64), torch.randn(8, *SHAPE, generator=rng)
+    rollout = Rollout(case.x, case.condition, (), 4, 0, lambda: math.group_advantage(case.rewards, 4))
+    _, told = student_loss(
+        case.family, case.teacher, case.fake, rollout, case.t, case.noise, guidance=OMEGA,
+        hooks=[DynamicScoreAdaptation(0.3)], ca=(t, noise) if apart else None,
+    )  # fmt: skip
+    x, x_c, x_u, x_f = clean_estimates(case)
+    _, elsewhere, empty, _ = clean_estimates(case, t, noise) if apart else (x, x_c, x_u, x_f)
+    dm, ca = x_c - x_f, elsewhere - empty
+    lengths = [np.sqrt((d**2).sum(1)) for d in (dm, ca)]
+    r = f64(case.rewards).reshape(2, 4)
+    a = np.clip((r - r.mean(1, keepdims=True)) / r.std(1, keepdims=True), -1, 1).ravel()
+    expected = {
+        "dm_norm": lengths[0].mean(),
+        "ca_norm": lengths[1].mean(),
+        "dm_ca_cos": ((dm * ca).sum(1) / lengths[0] / lengths[1]).mean(),
+        "normaliser": np.abs(x - (x_c + (OMEGA - 1) * ca)).mean(1).mean(),
+        "alpha": 1 + 0.3 * a,
+        "beta": 1 - 0.3 * a,
+        "omega": 1 + (1 + 0.3 * a) / (1 - 0.3 * a) * (OMEGA - 1),
+        "x_std": x.std(ddof=1),
+    }
+    assert told.keys() == expected.keys()
+    for name, value in expected.items():
+        assert isinstance(told[name], Tensor)
+        np.testing.assert_allclose(f64(told[name]), value, rtol=1e-4, err_msg=name)
+
+
+def test_errors_are_told_by_the_fifth_of_the_time_axis_in_which_they_were_made() -> None:
+    """A bin begins at its lower edge; the last holds the end of the axis as well."""
+    times = torch.tensor([0.0, 0.19, 0.2, 0.39, 0.61, 0.79, 0.8, 1.0], dtype=torch.float64)
+    errors = torch.tensor([1.0, 3.0, 10.0, 20.0, 5.0, 6.0, 7.0, 9.0])
+    told = by_noise("fake_error", errors, times)
+    assert list(told) == [f"fake_error/t{fifth}" for fifth in ("0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1")]
+    numbers, _, _ = summary({name: [value] for name, value in told.items()})
+    assert numbers == {
+        "fake_error/t0-0.2": 2.0, "fake_error/t0.2-0.4": 15.0, "fake_error/t0.6-0.8": 5.5, "fake_error/t0.8-1": 8.0,
+    }  # fmt: skip
+
+
+def test_the_bins_of_a_fake_loss_are_those_of_its_own_times_and_errors() -> None:
+    """Timesteps of a discrete schedule, as fractions of the last one."""
+    case = Case("epsilon")
+    case.t = torch.tensor([10, 150, 210, 390, 450, 590, 820, 999], dtype=torch.float64)
+    rollout = Rollout(case.x, case.condition, (), 4, 0)
+    _, told = fake_loss(case.family, case.fake, rollout, case.t, case.noise)
+    numbers, _, _ = summary({name: [value] for name, value in told.items()})
+    output = native_outputs(case)
+    errors = ((output - f64(case.noise).reshape(8, DIM)) ** 2).mean(1).reshape(4, 2).mean(1)
+    for name, value in zip(("t0-0.2", "t0.2-0.4", "t0.4-0.6", "t0.8-1"), errors, strict=True):
+        assert numbers[f"fake_error/{name}"] == pytest.approx(value, rel=1e-4)
+    assert numbers["fake_error"] == pytest.approx(errors.mean(), rel=1e-4) and "fake_error/t0.6-0.8" not in numbers
+
+
+def native_outputs(case: Case) -> Array:
+    """What the fake score's affine map gives at the case's point, (8, DIM)."""
+    alpha, sigma = (a[:, None] for a in alpha_sigma(case.family.prediction, f64(case.t)))
+    x_t = alpha * f64(case.x).reshape(8, DIM) + sigma * f64(case.noise).reshape(8, DIM)
+    inputs = np.concatenate((x_t, f64(case.condition["c"])), 1)
+    return np.asarray(inputs @ f64(case.fake.weight).T + f64(case.fake.bias))

@@ -14,6 +14,7 @@ import yaml
 
 from distill.bundle import Bundle
 from distill.config import parse_recipe
+from distill.rewards import DigitClassifier
 from distill.run import TASKS, main
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,18 @@ def test_a_folder_that_is_no_bundle_is_no_teacher(tmp_path: Path, capsys: pytest
     assert "has neither bundle.json nor model_index.json" in capsys.readouterr().err
 
 
+def test_a_copy_of_the_training_reward_held_out_stops_before_the_first_iteration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DigitClassifier(8).save(tmp_path / "judge", 0.5)
+    shutil.copytree(tmp_path / "judge", tmp_path / "copy")
+    rewards = [f"advantage.reward={tmp_path}/judge", f"heldout_rewards=[{tmp_path}/copy]"]
+    teacher = f"teacher={ROOT}/models/digits-teacher"
+    assert main([AMD, "--quiet", teacher, *rewards, f"output={tmp_path}/out", "iterations=1"]) == 1
+    assert f"heldout_rewards: {tmp_path}/copy has the weights of advantage.reward" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "judge"]
+
+
 def test_a_run_writes_its_result_recipe_and_provenance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([REWARD, "--quiet", f"output={tmp_path}/out", *SHORT]) == 0
     folder = tmp_path / "runs/digits-reward"
@@ -166,3 +179,33 @@ def test_teacher_is_a_bundle_that_says_how_it_was_made(tmp_path: Path) -> None:
     assert manifest.guidance.scale == 2.5 and manifest.default_steps == 3
     assert manifest.provenance["recipe"]["sampling_steps"] == 3
     assert manifest.max_tokens is None
+
+
+def torchrun(tmp_path: Path, *arguments: str) -> str:
+    """What two ranks of SDXL's rehearsal say on stdout, started as docs/recipes.md starts them."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    recipe = ["recipes/sdxl-amd-4step.yaml", "--shrink", "--quiet", f"output={tmp_path}/out", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # names of machines need not resolve
+    done = subprocess.run(
+        [*ranks, "-m", "distill.run", *recipe],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_trains_resumes_and_says_it_once(tmp_path: Path) -> None:
+    run = tmp_path / "runs/sdxl-amd-4step-shrunk"
+    wrote = f"wrote {tmp_path}/out-shrunk (logs, previews and checkpoints in {run})\n"
+    assert torchrun(tmp_path, "iterations=2", "log_every=1") == wrote
+    resumed = f"resuming sdxl-amd-4step-shrunk at iteration 2\n{wrote}"
+    assert torchrun(tmp_path, "--resume", "iterations=3", "log_every=1") == resumed
+    for step in (2, 3):
+        shards = list((run / f"checkpoints/step-000000{step}").glob("shard-*.safetensors"))
+        assert len(shards) == 2 and all(shard.stat().st_size > 10_000 for shard in shards)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert sorted(Bundle.open(tmp_path / "out-shrunk").manifest.samplers) == [4]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
@@ -12,6 +15,7 @@ from distill.bundle import Bundle
 from distill.config import RecipeError, load_recipe
 from distill.data import cache
 from distill.families.load import load_teacher
+from distill.roles import ADAPTER
 from distill.run import main
 from distill.shrink import shrunk
 
@@ -25,6 +29,13 @@ PIPELINES = {
     "sit": "DiTPipeline",
     "wan": "WanPipeline",
 }
+ROW = re.compile(r"^\| `([\w.-]+)` \| (?:LoRAs|all weights)[^|]* \| `([^|]+)` \|$", re.MULTILINE)
+OTHER_WAYS = [
+    (name, shlex.split(overrides))
+    for name, overrides in ROW.findall((RECIPES.parent / "docs/recipes.md").read_text(encoding="utf-8"))
+]
+"""Recipes of all weights as LoRAs and the reverse: the table of docs/recipes.md, §4."""
+IN_STAGES = "sdxl-amd-1step"
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +44,30 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", PRODUCTION)
-def test_every_production_recipe_does_two_iterations_when_shrunk(name: str, tmp_path: Path) -> None:
-    overrides = ["iterations=2", "log_every=1", "preview_every=2", f"output={tmp_path}/out"]
-    assert main([str(RECIPES / f"{name}.yaml"), "--shrink", "--quiet", *overrides]) == 0
-    recipe, run = load_recipe(RECIPES / f"{name}.yaml"), tmp_path / f"runs/{name}-shrunk"
+def rehearse(name: str, tmp_path: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """The log of two iterations of a recipe, shrunk, whose student diffusers loads from tmp_path/out-shrunk."""
+    short = ["iterations=2", "log_every=1", "preview_every=2", f"output={tmp_path}/out"]
+    assert main([str(RECIPES / f"{name}.yaml"), "--shrink", "--quiet", *overrides, *short]) == 0
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
+    run, out = tmp_path / f"runs/{recipe.name}-shrunk", tmp_path / "out-shrunk"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2]
     assert lines[0]["student/loss"] >= 0 and all(line["fake/loss"] > 0 for line in lines)
     assert (run / "previews" / "0000002.png").is_file()
+    assert (out / ADAPTER).is_file() == (recipe.adapters is not None and "student" in recipe.adapters.roles)
+    pipeline = PIPELINES[Bundle.open(out).manifest.family]
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == pipeline
+    assert type(DiffusionPipeline.from_pretrained(out)).__name__ == pipeline
+    return lines
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_every_production_recipe_does_two_iterations_when_shrunk(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, lines = load_recipe(RECIPES / f"{name}.yaml"), rehearse(name, tmp_path, [])
+    alone = recipe.advantage is not None and not recipe.heldout_rewards
+    assert ("trains and nothing is held out" in caplog.text) == alone
     if recipe.advantage:
         assert all(abs(line["advantage"]) < 1 and line["reward_not_finite"] == 0 for line in lines)
         assert 0 < min(line["w_ess"] for line in lines) <= 1
@@ -55,10 +81,29 @@ def test_every_production_recipe_does_two_iterations_when_shrunk(name: str, tmp_
     assert sorted(manifest.samplers) == list(recipe.steps)
     if recipe.timesteps:
         assert manifest.samplers[1].timesteps == recipe.timesteps
-    assert (
-        json.loads((tmp_path / "out-shrunk/model_index.json").read_text())["_class_name"] == PIPELINES[manifest.family]
-    )
-    assert type(DiffusionPipeline.from_pretrained(tmp_path / "out-shrunk")).__name__ == PIPELINES[manifest.family]
+
+
+@pytest.mark.parametrize(("name", "overrides"), [way for way in OTHER_WAYS if way[0] != IN_STAGES])
+def test_recipes_of_all_weights_rehearse_as_loras_and_the_reverse(
+    name: str, overrides: list[str], tmp_path: Path
+) -> None:
+    rehearse(name, tmp_path, overrides)
+
+
+def test_all_weights_of_one_step_are_rehearsed_in_two_stages(tmp_path: Path) -> None:
+    first, second = (overrides for name, overrides in OTHER_WAYS if name == IN_STAGES)
+    assert rehearse(IN_STAGES, tmp_path, first)[0]["regression"] > 0
+    earlier = "initialise_from=runs/sdxl-amd-1step-ode"
+    assert second[0] == earlier
+    second[0] = f"initialise_from={tmp_path}/runs/sdxl-amd-1step-ode-shrunk"
+    assert "regression" not in rehearse(IN_STAGES, tmp_path, second)[0]
+
+
+def test_every_production_recipe_has_both_ways() -> None:
+    ways: dict[str, set[bool]] = {name.removesuffix("-lora"): set() for name in PRODUCTION}
+    for name, overrides in [*((name, []) for name in PRODUCTION), *OTHER_WAYS]:
+        ways[name.removesuffix("-lora")].add(bool(load_recipe(RECIPES / f"{name}.yaml", overrides).adapters))
+    assert [name for name, found in ways.items() if found != {True, False}] == []
 
 
 def test_a_rehearsal_keeps_the_method_and_the_schedule(tmp_path: Path) -> None:

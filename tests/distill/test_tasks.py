@@ -59,9 +59,10 @@ CUTS: dict[str, list[str]] = {
     "scenes-video-reward": ["text_encoder=MODELS/scenes-umt5", "width=8", "layers=1", "projection=8", *CLIPS],
     "scenes-wan-stills": [*WAN, *CLIPS, "data.frames=1"],
     "scenes-wan-teacher": [*WAN, *CLIPS, "initialise_from=MODELS/../runs/scenes-wan-stills"],
-    "scenes-wan-dmd2": ["teacher=MODELS/scenes-wan-teacher", *STUDENT, *CLIPS],
+    "scenes-wan-dmd2": ["teacher=MODELS/scenes-wan-teacher", "compile=false", *STUDENT, *CLIPS],
     "scenes-wan-amd": [
-        "teacher=MODELS/scenes-wan-teacher", "advantage.reward=MODELS/scenes-video-reward", *STUDENT, *CLIPS,
+        "teacher=MODELS/scenes-wan-teacher", "advantage.reward=MODELS/scenes-video-reward", "compile=false",
+        *STUDENT, *CLIPS,
     ],
     "scenes-dmd2": ["teacher=MODELS/scenes-teacher", *STUDENT, *SCENES],
     "scenes-amd": ["teacher=MODELS/scenes-teacher", "advantage.reward=MODELS/scenes-reward", *STUDENT, *SCENES],

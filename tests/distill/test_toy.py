@@ -356,6 +356,4 @@ def test_command_draws_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main(["--out", str(tmp_path / "docs" / "toy.png")]) == 0
     with Image.open(tmp_path / "docs" / "toy.png") as picture:
         assert picture.width > 900 and picture.height > 800
-        assert (
-            len(set(picture.convert("L").get_flattened_data())) > 50 if hasattr(picture, "get_flattened_data") else True
-        )
+        assert sum(count > 0 for count in picture.convert("L").histogram()) > 50

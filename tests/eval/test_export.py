@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from eval import export
@@ -16,7 +17,6 @@ from eval.store import Store
 from tests.eval.nights import record, row
 from tests.eval.test_store import INFO, a_score
 
-HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 VALUES = [1.0, 0.1 + 0.2, -3e-9, 5.0]
 
 
@@ -69,10 +69,7 @@ def test_a_suite_or_a_label_narrows_runs_and_what_belongs_to_them(store: Store, 
     assert tables["runs"] == tables["results"] == tables["scores"] == [] and len(tables["nights"]) == 1
 
 
-@pytest.mark.skipif(not HAS_PYARROW, reason="pyarrow is an extra")
 def test_parquet_holds_the_same(store: Store, tmp_path: Path) -> None:
-    import pyarrow.parquet
-
     assert export.export(store, tmp_path / "out") == {
         "runs.parquet": 1, "results.parquet": 1, "scores.parquet": 4, "baselines.parquet": 1, "nights.parquet": 1,
     }  # fmt: skip
@@ -83,10 +80,10 @@ def test_parquet_holds_the_same(store: Store, tmp_path: Path) -> None:
     check(tables, store)
 
 
-@pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is installed")
 def test_parquet_without_pyarrow_names_the_extra_and_leaves_nothing(
-    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert export.main([str(tmp_path / "out"), "--store", str(store.path)]) == 3
     assert "pip install 'leapfrog[parquet]', or use --format json" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

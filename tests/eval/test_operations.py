@@ -11,12 +11,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from distill.config import load_recipe
 from eval import nightly
 
 FOLDER = Path(__file__).parents[2] / "docs" / "operations"
@@ -110,31 +112,56 @@ class Parsed(Exception):
     """The real parser took all words."""
 
 
+OURS = r"-m ((?:eval|distill|benchmarks)(?:\.\w+)+)"
+ROOT = FOLDER.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(FOLDER.glob("*.md")))
+
+
 def documented() -> list[tuple[str, list[str]]]:
     """Module and words of every command of ours on the pages; docs/design.md states a grammar instead."""
-    root, found = FOLDER.parents[1], []
-    pages = (page for page in (root / "docs").glob("*.md") if page.name != "design.md")
-    for page in (root / "README.md", *sorted(pages), FOLDER / "nightly.md"):
+    found = []
+    for page in (page for page in PAGES if page.name != "design.md"):
         text = page.read_text().replace("\\\n", " ")
-        for module, rest in re.findall(r"^    .*-m (eval\.\w+)(.*)$", text, re.MULTILINE):
-            words = shlex.split(rest, comments=True)
+        for module, rest in re.findall(rf"^    .*{OURS}(.*)$", text, re.MULTILINE):
+            words = shlex.split(re.sub(r"\[(-.*?)\]", r"\1", rest), comments=True)
+            if "…" in words:  # what any run is told
+                continue
             found.append((module, list(itertools.takewhile(lambda word: word not in ("&&", ">", ">>"), words))))
+        for module, rest in re.findall(rf"`[^`\n]*{OURS}([^`]*)`", text):
+            words = shlex.split(rest)
+            if len(words) > 1:  # others are named, not to be typed
+                found.append((module, words))
     return found
+
+
+def module_of(name: str) -> str:
+    """What -m runs, which must be there."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, name
+    return f"{name}.__main__" if spec.submodule_search_locations else name
 
 
 @pytest.mark.parametrize(("module", "words"), documented())
 def test_every_command_on_the_pages_is_understood_by_the_real_parser(
     module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse = argparse.ArgumentParser.parse_args
+    for kind in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, kind)
 
-    def parse_and_stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
-        parse(self, args, namespace)
-        raise Parsed
+        def parse_and_stop(*given: Any, parse: Any = parse) -> Any:
+            raise Parsed(parse(*given))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    name = f"{module}.__main__" if spec.submodule_search_locations else module
-    with pytest.raises(Parsed):
-        importlib.import_module(name).main(words)
+        monkeypatch.setattr(argparse.ArgumentParser, kind, parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(module_of(module)).main()
+    (options,) = parsed.value.args
+    if "recipe" in options and "overrides" in options and options.recipe.startswith("recipes/"):
+        load_recipe(ROOT / options.recipe, [word for word in options.overrides if word != "$common"])
+
+
+def test_every_module_that_the_pages_name_can_be_run() -> None:
+    named = {module for page in PAGES for module in re.findall(OURS, page.read_text())}
+    assert {"distill.run", "distill.parallel.traffic", "benchmarks.checkpoint", "eval.run"} <= named
+    for module in sorted(named):
+        assert callable(importlib.import_module(module_of(module)).main), module

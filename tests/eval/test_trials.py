@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
+from distill.config import DistillRecipe
+from distill.objectives.options import Advantage
 from eval.errors import EvalError
-from eval.trials import Comparison, Workshop, execute, load_comparison, make_job, pace, plan, plan_wall_clock
+from eval.trials import (
+    Comparison,
+    Workshop,
+    execute,
+    load_comparison,
+    make_job,
+    pace,
+    plan,
+    plan_wall_clock,
+    recipe_digest,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,6 +171,20 @@ def test_wall_clock_gives_each_variant_the_time_of_the_first(tmp_path: Path) -> 
     ]  # fmt: skip
     assert timed[0].digest == jobs[0].digest and timed[1].digest not in {job.digest for job in jobs}
     assert {job.clock for job in timed} == {"wall-clock"}
+
+
+def test_a_new_option_leaves_finished_runs_finished_while_it_has_its_default() -> None:
+    class Later(DistillRecipe):
+        option: float = 3.0
+        section: Advantage = Advantage(reward="models/digits-reward")
+
+    recipe = plan(comparison())[0].recipe
+    tree = recipe.model_dump(mode="json")
+    same, other, nested = (
+        recipe_digest(Later.model_validate(tree | more))
+        for more in ({}, {"option": 4.0}, {"section": {"reward": "models/digits-reward", "group": 8}})
+    )
+    assert recipe_digest(recipe) == same and len({same, other, nested}) == 3
 
 
 def test_a_finished_run_is_one_whose_digest_and_bundle_are_there(tmp_path: Path) -> None:

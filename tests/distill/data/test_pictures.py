@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from distill.data.errors import DataError
 from distill.data.pictures import cut, decode, open_pictures
 
-HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 CAPTIONS = ["a red cube", "a green ball", "a blue cylinder"]
 
 
@@ -128,11 +129,7 @@ def test_json_without_the_caption_is_told(tmp_path: Path) -> None:
 # --- Parquet -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not HAS_PYARROW, reason="pyarrow is an extra")
 def test_parquet_gives_pictures_of_every_row_group(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     for part in range(2):
         rows = [{"bytes": encoded(5 * part + i), "path": None} for i in range(5)]
         table = pyarrow.table({"image": rows, "caption": [f"{part}-{i}" for i in range(5)]})
@@ -143,8 +140,8 @@ def test_parquet_gives_pictures_of_every_row_group(tmp_path: Path) -> None:
         assert source.read(index) == encoded(index) and source.condition(index) == f"{index // 5}-{index % 5}"
 
 
-@pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is installed")
-def test_parquet_pictures_without_pyarrow_name_the_extra(tmp_path: Path) -> None:
+def test_parquet_pictures_without_pyarrow_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"pip install 'leapfrog\[parquet\]'"):
         open_pictures(str(tmp_path / "*.parquet"))

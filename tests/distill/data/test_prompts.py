@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from distill.config import FileData
 from distill.data.errors import DataError
 from distill.data.prompts import check_files, read_prompts
-
-HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 
 
 def test_one_prompt_per_line_without_white_space_and_mark(tmp_path: Path) -> None:
@@ -78,18 +78,14 @@ def test_missing_files_are_told_before_anything_is_read(tmp_path: Path) -> None:
         check_files(FileData(pictures=str(tmp_path / "*.tar")))
 
 
-@pytest.mark.skipif(HAS_PYARROW, reason="pyarrow is installed")
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"need pyarrow, which is not installed; pip install 'leapfrog\[parquet\]'"):
         read_prompts(str(tmp_path / "a.parquet"))
 
 
-@pytest.mark.skipif(not HAS_PYARROW, reason="pyarrow is an extra")
 def test_parquet_gives_a_column(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     file = tmp_path / "a.parquet"
     table = {"prompt": ["a red cube", None, " a ball "], "id": [1, 2, 3]}
     pyarrow.parquet.write_table(pyarrow.table(table), file)

@@ -69,12 +69,28 @@ def test_usage_of_a_lora_gives_the_student(name: str, tmp_path: Path, manifest: 
     bundle = student(name, tmp_path, manifest)
     publish(bundle, "lora", tmp_path / "out", rank=1, say=silent)
     scope = typed(tmp_path / "out")
-    part = COMPONENT[name]
+    assert_fused_is(scope["pipe"], bundle, COMPONENT[name])
+
+
+def assert_fused_is(pipe: Any, bundle: Path, part: str) -> None:
+    """A pipeline's network with its LoRA has the queries of the student."""
     ours = getattr(DiffusionPipeline.from_pretrained(bundle), part).state_dict()
-    scope["pipe"].fuse_lora()
-    found = {k.replace(".base_layer", ""): v for k, v in getattr(scope["pipe"], part).state_dict().items()}
+    pipe.fuse_lora()
+    found = {k.replace(".base_layer", ""): v for k, v in getattr(pipe, part).state_dict().items()}
     for key in (key for key in ours if key.endswith("to_q.weight")):
         torch.testing.assert_close(found[key].float(), ours[key].float(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_diffusers_reads_comfyuis_lora_and_gives_the_student(name: str, tmp_path: Path, manifest: Manifest) -> None:
+    """SDXL's is read in test_lora.py."""
+    bundle = student(name, tmp_path, manifest)
+    publish(bundle, "comfyui", tmp_path / "out", rank=1, say=silent)
+    pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's and diffusers' own
+        pipe.load_lora_weights(tmp_path / "out/loras", weight_name="student.safetensors")
+    assert_fused_is(pipe, bundle, COMPONENT[name])
 
 
 def test_a_students_own_guidance_and_times_are_typed(tmp_path: Path, manifest: Manifest) -> None:

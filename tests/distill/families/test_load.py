@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distill.bundle import sha256
 from distill.config import RecipeError, parse_recipe
 from distill.families.load import family_of, load_teacher, local_folder
 from distill.hub import is_hub_id, snapshot
 
 Folder = Callable[[str], Path]
+REVISION = "0123456789abcdef" * 2 + "01234567"
 
 
 def recipe(teacher: str | Path, **changes: Any) -> Any:
@@ -97,6 +101,35 @@ def test_hub_ids_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.Monke
     assert not is_hub_id("models/mine") and not is_hub_id("mine") and not is_hub_id("/a/b") and not is_hub_id("a/b/c")
     with pytest.raises(RecipeError, match="there is no folder 'models/mine'; train or convert it first"):
         local_folder("models/mine")
+
+
+def cached(hub: Path, source: str, folder: Path) -> None:
+    """Lay a folder into a hub's cache as `hf download` does: blobs, a commit of links to them, and the branch main."""
+    place = hub / f"models--{source.replace('/', '--')}"
+    (place / "blobs").mkdir(parents=True)
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        blob = place / "blobs" / sha256(file)
+        link = place / "snapshots" / REVISION / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(REVISION)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "wan"])
+def test_a_hub_id_loads_from_the_cache_and_keeps_its_revision(
+    name: str, tiny_teacher: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached(tmp_path, "somebody/tiny", tiny_teacher(name))
+    local, hub = load_teacher(recipe(tiny_teacher(name))), load_teacher(recipe("somebody/tiny"))
+    assert hub.family.name == name
+    assert hub.source == local.source | {"source": "somebody/tiny", "revision": REVISION}
+    weights = dict(local.network.named_parameters())
+    assert all(torch.equal(weights.pop(key), tensor) for key, tensor in hub.network.named_parameters())
+    assert not weights
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from distill.costs import count
 from distill.families.load import FAMILIES
 from distill.families.published import PUBLISHED, USUAL, configs_of
+from distill.families.wan import NEGATIVE_PROMPT
 
 COUNTS = {
     "stabilityai/stable-diffusion-xl-base-1.0": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
@@ -54,6 +56,25 @@ def test_published_configs_have_the_published_sizes(name: str) -> None:
         made, network = FAMILIES[family].from_config(configs)
     assert (count(network), *(count(part) for part in made.parts.values())) == COUNTS[name]
     assert all(p.is_meta for p in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sdxl", 0.13025), ("sd15", 0.18215), ("sit", 0.18215)])
+def test_latents_have_the_published_scale(name: str, factor: float) -> None:
+    """Of the files stabilityai/stable-diffusion-xl-base-1.0, …/stable-diffusion-v1-5 and sd-vae-ft-ema."""
+    with torch.device("meta"):
+        family, _ = FAMILIES[name].from_config(USUAL[name])
+    assert family.vae.config.scaling_factor == factor
+
+
+def test_wans_latents_and_negative_prompt_are_the_published_ones() -> None:
+    """wan/modules/vae.py and wan/configs/shared_config.py of Wan-Video/Wan2.1."""
+    with torch.device("meta"):
+        family, _ = FAMILIES["wan"].from_config({**USUAL["wan"], "transformer": {"num_layers": 1}})
+    mean, deviation = family.vae.config.latents_mean, family.vae.config.latents_std
+    assert (len(mean), mean[0], mean[-1]) == (16, -0.7571, -0.2921)
+    assert (len(deviation), deviation[0], deviation[-1]) == (16, 2.8184, 1.9160)
+    digest = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    assert sha256(NEGATIVE_PROMPT.encode()).hexdigest() == digest
 
 
 def test_sits_blocks_each_hold_the_embeddings() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from distill.config import RecipeError, parse_recipe
 from distill.objectives.gan import Adversary, Head, classification
 from distill.objectives.plan import Roles, Rollout
 from distill.trainer import generator
@@ -170,3 +171,16 @@ def test_r1_of_the_real_network_reaches_through_its_features(roles: Roles, rolle
             up, down = (adversary.logits(y_t + sign * 1e-2 * e, t, condition) for sign in (1, -1))
             slopes[:, i] = (up - down) / 2e-2
     assert penalty == pytest.approx(float(slopes.pow(2).sum(1).mean()), rel=2e-2)
+
+
+def test_compiled_blocks_refuse_a_second_backward_pass() -> None:
+    """torch.compile's autograd has none (torch 2.12: "does not currently support double backward")."""
+    tree = {
+        "task": "distill", "name": "toy", "output": "o", "teacher": "t", "iterations": 10, "batch_size": 2,
+        "student": {"learning_rate": 1e-4}, "fake": {"learning_rate": 1e-4}, "compile": True,
+    }  # fmt: skip
+    for gan in ({}, {"r1": 1.0, "r1_form": "finite"}):
+        parse_recipe(tree | {"gan": gan})
+    parse_recipe(tree | {"gan": {"r1": 1.0}, "compile": False})
+    with pytest.raises(RecipeError, match="differentiates twice, which compiled blocks cannot; use finite"):
+        parse_recipe(tree | {"gan": {"r1": 1.0}})

@@ -66,6 +66,7 @@ def test_the_first_step_is_trained_from_pure_noise_by_every_hook(roles: Roles) -
     condition = family.encode(PROMPTS)
     start = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
     prediction = family.predict(roles.student, start, torch.full((2,), 999.0, dtype=torch.float64), condition)
+    t = torch.full((2,), 999.0, dtype=torch.float64)
     rollout = Rollout(
         prediction.x0,
         condition,
@@ -80,9 +81,9 @@ def test_the_first_step_is_trained_from_pure_noise_by_every_hook(roles: Roles) -
         advantage=lambda: torch.tensor([-1.0, 1.0]),
         rewards=lambda: torch.tensor([0.1, 0.2]),
         random=lambda purpose: generator(0, 0, 0, purpose),
+        renoise=lambda rollout, rng: (t, torch.randn(rollout.x.shape, generator=rng)),
         real=lambda: (torch.randn(2, *family.latent_shape()), condition),
     )
-    t = torch.full((2,), 999.0, dtype=torch.float64)
     assert float(coefficients(family.schedule, t)[0].max()) == 0.0
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
     for hook in hooks:

@@ -263,6 +263,11 @@ def test_without_guidance_there_is_nothing_to_cap() -> None:
 # --- coherence -----------------------------------------------------------------------------------------------------
 
 
+def anywhere(rollout: Rollout, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Times in [0.4, 0.9] and noise."""
+    return 0.4 + 0.5 * torch.rand(len(rollout.x), generator=rng).double(), torch.randn(rollout.x.shape, generator=rng)
+
+
 def test_noise_is_not_amplified_where_two_draws_disagree() -> None:
     """On one side the teacher hallucinates: its estimate is noise. AMD's β makes the random walk there faster."""
     rng = torch.Generator().manual_seed(0)
@@ -276,7 +281,7 @@ def test_noise_is_not_amplified_where_two_draws_disagree() -> None:
     roles = roles_of(teacher, gaussian(x, 0.2))
     advantage = torch.full((200,), -1.0)
     draws = {"coherent": torch.Generator().manual_seed(1)}
-    rollout = rollout_of(x, advantage, random=lambda purpose: draws[purpose])
+    rollout = rollout_of(x, advantage, random=lambda purpose: draws[purpose], renoise=anywhere)
     t, noise = torch.full((200,), 0.5, dtype=torch.float64), torch.randn(200, 64, generator=rng)
 
     def beta(hooks: list[Hook]) -> Tensor:
@@ -285,14 +290,33 @@ def test_noise_is_not_amplified_where_two_draws_disagree() -> None:
 
     amd = DynamicScoreAdaptation(0.5)
     assert torch.equal(beta([amd]), torch.full((200,), 1.5))
-    gated = beta([amd, CoherenceGate(roles, threshold=0.6, time_range=(0.4, 0.9))])
+    gated = beta([amd, CoherenceGate(roles, threshold=0.6)])
     assert bool((gated[:100] == 1.5).all()) and bool((gated[100:] == 1.0).all())
     assert rollout.telemetry["coherence_gated"] == 0.5
-    good = rollout_of(x, torch.ones(200), random=lambda purpose: torch.Generator().manual_seed(1))
+    good = rollout_of(x, torch.ones(200), random=lambda purpose: torch.Generator().manual_seed(1), renoise=anywhere)
     matching = match(World(), roles.teacher, roles.fake, good, t, noise, guidance=2.0)
-    hooks = [amd, CoherenceGate(roles, threshold=0.6, time_range=(0.4, 0.9))]
+    hooks = [amd, CoherenceGate(roles, threshold=0.6)]
     assert torch.equal(student_weights(hooks, good, matching)[1], torch.full((200,), 0.5))
     assert good.telemetry["coherence_gated"] == 0.0
+
+
+def test_the_second_draw_is_made_as_matching_makes_its_own() -> None:
+    """The gate asks the teacher that a hook puts in the place of the recipe's, at the point where the task re-noises.
+
+    x_c − x_f is a multiple of x_t, negative for the hook's teacher, positive for the other: a draw that repeats
+    matching's own has a cosine of 1.
+    """
+
+    class Other(Hook):
+        def teacher(self, rollout: Rollout, teacher: Any) -> Any:
+            return gaussian(0.0, 0.5)
+
+    roles = roles_of(gaussian(0.0, 4.0), gaussian(0.0, 2.0))
+    point = torch.full((4,), 0.3, dtype=torch.float64), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    rollout = rollout_of(torch.zeros(4, 8), renoise=lambda rollout, rng: point)
+    matching = match(World(), roles.teacher, roles.fake, rollout, *point, guidance=2.0, hooks=[Other()])
+    CoherenceGate(roles, threshold=0.0).limit(rollout, matching)
+    assert float(torch.as_tensor(rollout.telemetry["coherence"])) == pytest.approx(1.0, abs=1e-5)
 
 
 # --- two keys ------------------------------------------------------------------------------------------------------

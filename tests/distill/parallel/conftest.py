@@ -65,15 +65,17 @@ def jobs() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with digits-teacher and digits-reward, trained for an iteration."""
+    """A folder with digits-teacher, digits-reward and digits-heldout of another seed, trained for an iteration."""
     folder = tmp_path_factory.mktemp("models")
     small = ["iterations=1", "batch_size=8", "optimizer.warmup=0", "preview_every=100", "save_every=100"]
+    narrow = ["model.width=16", "model.layers=2", "model.heads=2", "sampling_steps=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEAPFROG_RUNS", str(folder / "runs"))
-        for name, more in (
-            ("digits-teacher", ["model.width=16", "model.layers=2", "model.heads=2", "sampling_steps=2"]),
-            ("digits-reward", []),
+        for recipe, name, more in (
+            ("digits-teacher", "digits-teacher", narrow),
+            ("digits-reward", "digits-reward", []),
+            ("digits-reward", "digits-heldout", ["seed=1"]),
         ):
-            recipe = str(ROOT / f"recipes/{name}.yaml")
-            assert main([recipe, "--quiet", f"output={folder}/{name}", *small, *more]) == 0
+            arguments = [f"name={name}", f"output={folder}/{name}", *small, *more]
+            assert main([str(ROOT / f"recipes/{recipe}.yaml"), "--quiet", *arguments]) == 0
     return folder

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import distill.parallel.checkpoint
 from distill.config import load_recipe
-from distill.parallel.shard import full
+from distill.parallel.shard import full, local
 from distill.shrink import shrunk
 from distill.tasks.distillation import DistillationTask
 from distill.trainer import Phase, Trainer, TrainingError
@@ -33,10 +36,17 @@ def trainer(models: str, folder: str, overrides: list[str]) -> Trainer:
 
 def distil(models: str, folder: str, overrides: list[str], until: int | None = None) -> dict[str, Tensor]:
     """Train from the newest checkpoint, if there is one, to the end or an iteration, and save; the whole state."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as ranks have: sums by several threads have another last bit
-    try:
+    with one_thread():
         return _distil(trainer(models, folder, overrides), until)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As ranks have: sums by several threads have another last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -68,7 +78,84 @@ def _distil(made: Trainer, until: int | None) -> dict[str, Tensor]:
             made._step()
             made.iteration += 1
         made.save()
+    return _state(made)
+
+
+def _state(made: Trainer) -> dict[str, Tensor]:
     return {name: full(tensor).clone() for name, tensor in made._tensors().items()}
+
+
+def stopped(models: str, folder: str, overrides: list[str], iterations: int) -> int:
+    """A run that the last rank's SIGTERM ends after some iterations, from the newest checkpoint; where it stopped."""
+    made = trainer(models, folder, overrides)
+
+    def last(iteration: int) -> None:
+        if iteration == iterations - 1 and made.world.rank == made.world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watch(made, last)
+    with one_thread():
+        _distil(made, None)
+    return made.iteration
+
+
+def watch(made: Trainer, look: Callable[[int], None]) -> None:
+    """Call ``look`` as each iteration begins."""
+    phases = made.task.phases
+
+    def looking(iteration: int) -> list[Phase]:
+        look(iteration)
+        return phases(iteration)
+
+    made.task.phases = looking
+
+
+def parts(models: str, folder: str, overrides: list[str]) -> list[dict[str, tuple[bool, int, int]]]:
+    """Of a trained and of a resumed state: whether each tensor is in shards, its elements here, and its elements."""
+    made = trainer(models, folder, overrides)
+    _distil(made, 2)
+    again = trainer(models, folder, overrides)
+    again.resume()
+    return [
+        {name: (isinstance(t, DTensor), local(t).numel(), t.numel()) for name, t in each._tensors().items()}
+        for each in (made, again)
+    ]
+
+
+def resumed(models: str, folder: str, overrides: list[str]) -> tuple[int, list[str]]:
+    """At which iteration a run goes on, and what it says of checkpoints."""
+    said: list[str] = []
+    distill.parallel.checkpoint.log.addFilter(lambda record: not said.append(record.getMessage()))
+    return trainer(models, folder, overrides).resume(), said
+
+
+def trainable(models: str, folder: str, overrides: list[str]) -> list[dict[str, bool]]:
+    """What of all networks wants gradients: before training, and every other answer at any pass of three iterations."""
+    made = trainer(models, folder, overrides)
+    networks = made.task.networks()
+
+    def now() -> dict[str, bool]:
+        return {f"{i}/{name}": p.requires_grad for i, n in enumerate(networks) for name, p in n.named_parameters()}
+
+    seen = [now()]
+
+    def look(*_: object) -> None:
+        if (found := now()) not in seen:
+            seen.append(found)
+
+    for network in networks:
+        network.register_forward_pre_hook(look, prepend=True)
+    _distil(made, 3)
+    look()
+    return seen
+
+
+def first_state(models: str, folder: str, overrides: list[str]) -> dict[str, Tensor]:
+    """The whole state that the first iteration of a run meets."""
+    made, met = trainer(models, folder, overrides), dict[str, Tensor]()
+    watch(made, lambda _: met.update(met or _state(made)))
+    made.run()
+    return met
 
 
 def killed(models: str, folder: str, overrides: list[str], moment: str) -> None:

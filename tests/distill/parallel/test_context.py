@@ -122,7 +122,9 @@ def test_what_cannot_be_shared_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "more"), [(2, []), (4, ["parallel.strategy=hsdp", "parallel.replicas=2"])], ids=["ddp", "hsdp"]
+    ("size", "more"),
+    [(2, []), (2, ["parallel.strategy=fsdp"]), (4, ["parallel.strategy=hsdp", "parallel.replicas=2"])],
+    ids=["ddp", "fsdp", "hsdp"],
 )
 def test_amd_trains_a_video_on_ranks_that_share_it_as_on_one(
     ranks: Any, jobs: Any, alone: tuple[Path, dict[str, Tensor]], tmp_path: Path, size: int, more: list[str]

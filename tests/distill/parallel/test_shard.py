@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ LAYOUTS = {
 OBJECTIVES = {
     "adapters": [
         "adapters={rank: 4, alpha: 8}", "activation_checkpointing=true", "gan={}", "advantage.shrinkage=0.5",
-        "safeguards={ramp: 3, diversity: {tolerate: 0.9, refuse: 0.5}, two_key: 1}",
+        "safeguards={ramp: 3, diversity: {tolerate: 0.9, refuse: 0.5}, two_key: 1, reward_gap: {window: 1}}",
+        "heldout_rewards=[HELDOUT]",
     ],
     "adapter of the fake": ["adapters={rank: 4, alpha: 8, roles: [fake]}", "regression={pairs: 40, steps: 2}"],
     "adapter of the student": ["adapters={rank: 4, alpha: 8, roles: [student]}", "advantage.when=student"],
@@ -83,11 +85,55 @@ def test_any_number_of_ranks_trains_what_one_trains(
 def test_ranks_train_what_one_trains_with_every_kind_of_hook_and_layout(
     ranks: Any, jobs: Any, models: Path, tmp_path: Path, objective: str, layout: str, size: int
 ) -> None:
-    state = jobs.distil(str(models), str(tmp_path / "one"), OBJECTIVES[objective])
-    told = ranks(size, jobs.distil, str(models), str(tmp_path / "all"), [*OBJECTIVES[objective], *LAYOUTS[layout]])
+    words = [word.replace("HELDOUT", f"{models}/digits-heldout") for word in OBJECTIVES[objective]]
+    state = jobs.distil(str(models), str(tmp_path / "one"), words)
+    told = ranks(size, jobs.distil, str(models), str(tmp_path / "all"), [*words, *LAYOUTS[layout]])
     for each in told:
         assert_states_equal(each, state)
     assert_streams_equal(jobs.stream(tmp_path / "all"), jobs.stream(tmp_path / "one"))
+
+
+def test_a_run_trains_on_with_another_number_of_ranks(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
+    """An iteration on one rank, one on two in shards, one on four in shards and copies are three on one."""
+    state = jobs.distil(str(models), str(tmp_path / "whole"), [])
+    run = str(models), str(tmp_path / "parts")
+    assert jobs.stopped(*run, [], 1) == 1
+    assert ranks(2, jobs.stopped, *run, LAYOUTS["fsdp"], 2) == [2, 2]
+    for each in ranks(4, jobs.distil, *run, LAYOUTS["hsdp"]):
+        assert_states_equal(each, state)
+    assert_streams_equal(jobs.stream(tmp_path / "parts"), jobs.stream(tmp_path / "whole"))
+
+
+def test_a_rank_holds_its_share_of_weights_averages_and_moments(
+    ranks: Any, jobs: Any, models: Path, tmp_path: Path
+) -> None:
+    """Of every network, trained or resumed; heads, memories and counts of steps are held whole."""
+    more = ["gan={}", "safeguards={diversity: {}}", *LAYOUTS["fsdp"]]
+    for one, other in zip(*ranks(2, jobs.parts, str(models), str(tmp_path), more), strict=True):
+        kept_whole = {name for name in one if re.search(r"^discriminator/|DiversityWatch|/step$", name)}
+        assert {name for name, (sharded, _, _) in one.items() if not sharded} == kept_whole
+        for kind in ("student/model", "student/ema", "student/optimizer", "fake/model", "fake/ema", "fake/optimizer"):
+            found = [name for name in one if name.startswith(kind) and name not in kept_whole]
+            here, there, total = (sum(t[n][i] for n in found) for t, i in ((one, 1), (other, 1), (one, 2)))
+            assert here + there == total and here == pytest.approx(total / 2, rel=0.05), kind
+
+
+def test_what_wants_gradients_never_changes(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
+    """FSDP2 sums the gradients of what wants them when a network is first run."""
+    more = ["adapters={rank: 4, alpha: 8}", "gan={}"]
+    alone = jobs.trainable(str(models), str(tmp_path / "one"), more)
+    assert len(alone) == 1 and 0 < sum(alone[0].values()) < len(alone[0])
+    assert ranks(2, jobs.trainable, str(models), str(tmp_path / "two"), [*more, *LAYOUTS["fsdp"]]) == [alone, alone]
+
+
+def test_a_run_in_shards_starts_from_one_of_one_rank(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
+    """First weights and averages are that run's weights; its averages and moments are left."""
+    trained = jobs.distil(str(models), str(tmp_path / "one"), [], 2)
+    weights = {name: tensor for name, tensor in trained.items() if "/model/" in name}
+    more = [f"initialise_from={tmp_path}/one", "iterations=1", *LAYOUTS["fsdp"]]
+    for each in ranks(2, jobs.first_state, str(models), str(tmp_path / "two"), more):
+        assert each.keys() == {*weights, *(name.replace("/model/", "/ema/") for name in weights)}
+        assert [n for n, t in each.items() if not torch.equal(t, weights[n.replace("/ema/", "/model/")])] == []
 
 
 @pytest.mark.parametrize("recipe", ["sdxl-dmd2-4step", "wan-1.3b-amd-4step"])

@@ -66,6 +66,21 @@ def test_copies_on_each_machine_talk_less_than_one_copy_over_all(jobs: Any, mode
     assert whole.computing == shards.computing == groups.computing
 
 
+def test_a_shared_teacher_is_cut_as_the_other_networks_and_a_head_is_not() -> None:
+    digits = [f"teacher={ROOT}/models/digits-teacher", "batch_size=64", "accumulate=64"]
+    plain, shared, gan = (
+        plan(load_recipe(ROOT / "recipes/digits-dmd2.yaml", [*digits, *more]))
+        for more in ([], ["shared_teacher={}"], ["gan={}"])
+    )
+    network, head = plain.roles[0].parameters, gan.brought[0].parameters
+    for strategy, ranks in (("ddp", 1), ("fsdp", 64), ("hsdp", 8)):
+        before, fourth, beside = (load(counted, 64, strategy, Links()) for counted in (plain, shared, gan))
+        assert fourth.memory - before.memory == pytest.approx(4 * network / ranks)
+        graphs = (len(gan.graphs("fake")) - 1) * gan.kept
+        assert beside.memory - before.memory == pytest.approx(16 * head + graphs)  # weight, moments, average
+        assert beside.reduced == before.reduced  # of the networks
+
+
 def test_ranks_that_share_a_sample_hold_a_part_of_it_and_exchange_the_rest() -> None:
     """Wan-1.3B by four: a quarter of activations and operations, and what arithmetic says is sent."""
     recipe = load_recipe(ROOT / "recipes/wan-1.3b-amd-4step.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distill.objectives.safeguards import RewardGap
 from distill.run import main
 from distill.sampling import Flow, ode_table
 from distill.tasks.distillation import DistillationTask
+from distill.telemetry.sink import summary
 from distill.trainer import Trainer, generator
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -113,6 +115,58 @@ def test_a_control_with_grouped_prompts_differs_from_its_reward_alone(models: Pa
         assert torch.equal(vector, vectors(scored)[role])
 
 
+class Failing:
+    """A judge that gives these scores, and so a number of scores that are not finite in each micro-batch."""
+
+    def __init__(self, name: str, scores: Sequence[float]) -> None:
+        self.name, self.scores = name, torch.tensor(scores)
+
+    def score(self, images: Tensor, conditions: Sequence[Any]) -> Tensor:
+        return self.scores
+
+
+def test_scores_that_are_not_finite_are_counted_over_micro_batches_iterations_and_judges(
+    models: Path, tmp_path: Path
+) -> None:
+    """Per micro-batch one of the training reward's and two of the held-out reward's; four micro-batches per line."""
+    more = ["accumulate=2", "log_every=2", "iterations=2", "adaptation={}", f"heldout_rewards=[{models}/judge]"]
+    t = trainer(models, tmp_path, *rewarded(models), *more)
+    t.task.reward = Failing("reward", [1.0, torch.nan, 2.0, 3.0])
+    t.task.heldout = [Failing("judge", [1.0, torch.nan, torch.inf, 3.0])]
+    t.run()
+    (line,) = logged(tmp_path)
+    assert line["reward_not_finite"] == 12 and line["heldout/judge"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "floor", "share"), [([0.0, 1.0], 0.0, 1.0), ([0.0, 1.0], 5.0, 0.0), ([1.0, 1.0], 0.0, 0.0)]
+)
+def test_advantages_at_their_bound_count_as_clipped(
+    models: Path, tmp_path: Path, scores: list[float], floor: float, share: float
+) -> None:
+    """In groups of two |a| is 1 − 1e-6 wherever rewards differ and σ has no floor: nothing more bang-bang."""
+    more = ["adaptation={}", f"advantage.sigma_floor={floor}"]
+    t = trainer(models, tmp_path, *rewarded(models, group=2), *more)
+    t.task.reward = Failing("reward", scores * 4)
+    assert float(t.task._rollout(0, 0, graph=False).telemetry["advantage_clipped"]) == share
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], [-0.4, -0.2, 0.0, 0.6]),  # 0, 1, 2, 5 over the floor of 5
+        (["advantage.baseline=leave-one-out"], [-1.6 / 3, -0.8 / 3, 0.0, 0.8]),
+        (["advantage.sigma_floor=0"], [-2 / 3.5**0.5, -1 / 3.5**0.5, 0.0, 3 / 3.5**0.5]),
+    ],
+)
+def test_the_advantage_has_the_recipes_baseline_and_floor(
+    models: Path, tmp_path: Path, more: list[str], expected: list[float]
+) -> None:
+    t = trainer(models, tmp_path, *rewarded(models), "advantage.sigma_floor=5", *more, "adaptation={}")
+    t.task.reward = Failing("reward", [0.0, 1.0, 2.0, 5.0] * 2)
+    torch.testing.assert_close(t.task._rollout(0, 0, graph=False).advantage(), torch.tensor(expected * 2))
+
+
 # --- cheaper rewards -----------------------------------------------------------------------------------------------
 
 
@@ -167,7 +221,7 @@ def test_a_share_of_the_prompts_is_scored_in_whole_groups(
     assert judge.seen == [count]
     torch.testing.assert_close(some.advantage()[:count], whole.advantage()[:count])
     assert float(some.advantage()[count:].abs().sum()) == 0.0 and bool(some.rewards()[count:].isnan().all())
-    assert some.telemetry["reward_not_finite"] == 0
+    assert summary({"n": [some.telemetry["reward_not_finite"]]})[0] == {"n": 0.0}
     _, telemetry = step(t)
     assert {"reward", "w_ess"} <= telemetry.keys()
 
@@ -180,6 +234,85 @@ def test_judging_in_bfloat16_changes_rewards_by_rounding_only(models: Path, tmp_
     )
     assert torch.equal(exact.x, rounded.x) and not torch.equal(exact.rewards(), rounded.rewards())
     torch.testing.assert_close(rounded.rewards(), exact.rewards(), rtol=0.02, atol=0.02)
+
+
+# --- where samples are re-noised -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawn:
+    """What a loss was given: a rollout, its times and noise, and those of the alignment's part."""
+
+    rollout: Rollout
+    t: Tensor
+    noise: Tensor
+    ca: tuple[Tensor, Tensor] | None = None
+
+
+def drawn(t: Trainer, patch: pytest.MonkeyPatch, iterations: int) -> dict[str, list[Drawn]]:
+    """What the losses of both phases get in some iterations."""
+    found: dict[str, list[Drawn]] = {"student_loss": [], "fake_loss": []}
+    for name, told in found.items():
+        loss, after = getattr(module, name), 3 if name == "student_loss" else 2
+
+        def telling(*given: Any, loss: Any = loss, told: Any = told, after: int = after, **named: Any) -> Any:
+            told.append(Drawn(*given[after : after + 3], named.get("ca")))
+            return loss(*given, **named)
+
+        patch.setattr(module, name, telling)
+    for _ in range(iterations):
+        step(t)
+    return found
+
+
+def within(times: Tensor, low: float, high: float) -> bool:
+    """Inside of [low, high] and in its outer thirds: 32 uniform times miss one in 1 of 200,000 cases."""
+    third = (high - low) / 3
+    return bool((times >= low).all() and (times <= high).all()) and float(
+        times.min()
+    ) < low + third < high - third < float(times.max())
+
+
+def test_what_hooks_choose_is_where_both_losses_re_noise(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uniform in time_range for matching and in [0, 1] for the fake score, but where a section says otherwise."""
+    plain = ["batch_size=32", "steps=[4]", "fake_warmup=0", "fake_per_student=1"]
+    seen = {}
+    for more in ("reuse_rollout=true", "decoupled={}", "sub_interval={}", "dynamic_renoising={anneal: 10000}"):
+        with monkeypatch.context() as patch:
+            seen[more.partition("=")[0]] = drawn(trainer(models, tmp_path / more[:3], *plain, more), patch, 4)
+    indices = [d.rollout.index for d in seen["decoupled"]["student_loss"]]
+    assert len(set(indices)) > 2  # several steps of the grid
+    for one, other in zip(seen["reuse_rollout"]["student_loss"], seen["decoupled"]["student_loss"], strict=True):
+        assert one.ca is None and other.ca is not None
+        assert torch.equal(one.t, other.t) and torch.equal(one.noise, other.noise) and within(one.t, 0.02, 0.98)
+        assert within(other.ca[0], 0.02, min(0.98, 1 - other.rollout.index / 4))
+        assert other.ca[1].shape == other.noise.shape and not torch.equal(other.ca[1], other.noise)
+    for name, (low, high) in (("student_loss", (0.02, 0.98)), ("fake_loss", (0.0, 1.0))):
+        assert all(within(d.t, low, high) for d in seen["reuse_rollout"][name])
+        for d in seen["sub_interval"][name]:
+            assert within(d.t, max(low, d.rollout.until), min(high, d.rollout.level)) and d.ca is None
+        late = torch.cat([d.t for d in seen["dynamic_renoising"][name]])  # Beta(4, 1.5) has mean 0.73
+        assert float(late.mean()) == pytest.approx(low + (high - low) * 4 / 5.5, abs=0.06)
+    for d in seen["sub_interval"]["student_loss"]:  # and where a safeguard draws once more
+        again, noise = d.rollout.renoise(d.rollout, generator(7, "again"))
+        assert within(again, max(0.02, d.rollout.until), d.rollout.level) and not torch.equal(noise, d.noise)
+
+
+def test_both_losses_see_the_noise_that_a_deterministic_student_carries(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ε' = (own·ε_θ + fresh·ε)/σ_t with own = (1 − t)/(1 − s)·s, which fresh noise of 32 · 64 values is not like."""
+    plain = ["batch_size=32", "steps=[4]", "fake_warmup=0", "fake_per_student=1", "sampler=deterministic"]
+    seen = drawn(trainer(models, tmp_path, *plain, "sub_interval={}"), monkeypatch, 4)
+    assert any(d.rollout.index < 3 for d in seen["student_loss"])
+    for d in [*seen["student_loss"], *seen["fake_loss"]]:
+        s, x = d.rollout.until, d.rollout.eps
+        assert x is not None
+        own = ((1 - d.t) / (1 - s) * s / d.t).float().reshape(-1, 1, 1, 1)
+        part = float((own * x * d.noise).sum() / (own * x).square().sum()) if d.rollout.index < 3 else 1.0
+        assert part == pytest.approx(1.0, abs=0.15)
 
 
 # --- who learns when -----------------------------------------------------------------------------------------------
@@ -299,7 +432,7 @@ def sliced_draws(patch: pytest.MonkeyPatch, total: int, parts: int) -> None:
 
     def keyed(seed: int, iteration: int, micro: int, purpose: str) -> Sliced:
         rng = Sliced()
-        rng.set_state(generator(seed, iteration, 0, purpose).get_state())
+        rng.set_state(generator(seed, iteration, micro // parts, purpose).get_state())
         share = micro % parts
         rng.rows, rng.total = slice(share * size, (share + 1) * size), total
         return rng
@@ -328,10 +461,10 @@ def sliced_draws(patch: pytest.MonkeyPatch, total: int, parts: int) -> None:
 def gradients(t: Trainer, patch: pytest.MonkeyPatch, parts: int, iterations: int) -> list[dict[str, Tensor]]:
     """The gradient of every phase of some iterations, and the memories at the end, without an optimizer's step."""
     samples, found = t.task.samples, []
-    conditions, batch = samples.conditions, samples.batch
+    batch = samples.batch
 
     def some(iteration: int, micro: int, size: int) -> Any:
-        return conditions(iteration, 0, size * parts)[(micro % parts) * size :][:size]
+        return batch(iteration, micro // parts, size * parts)[1][(micro % parts) * size :][:size]
 
     def real(iteration: int, micro: int, size: int) -> Any:
         x, labels = batch(iteration, 99, size * parts)
@@ -355,23 +488,38 @@ def gradients(t: Trainer, patch: pytest.MonkeyPatch, parts: int, iterations: int
     return found
 
 
-@pytest.mark.parametrize("hooks", [EVERYTHING, STOCHASTIC], ids=["everything", "stochastic"])
+FAKE_PHASES, ALL_PHASES = ["fake", "discriminator"], ["student", "fake", "discriminator"]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "parts", "plan", "expected"),
+    [
+        (EVERYTHING, 2, [], [FAKE_PHASES, ALL_PHASES, FAKE_PHASES, ALL_PHASES]),
+        (STOCHASTIC, 2, [], [FAKE_PHASES, ALL_PHASES, FAKE_PHASES, ALL_PHASES]),
+        (EVERYTHING, 4, ["fake_per_student=1", "fake_warmup=0"], [ALL_PHASES, ALL_PHASES]),
+        (STOCHASTIC, 4, ["fake_per_student=3", "fake_warmup=0"], [ALL_PHASES, FAKE_PHASES]),
+        (EVERYTHING, 4, ["ttur=alternating"], [FAKE_PHASES, ["student"], FAKE_PHASES]),
+        (EVERYTHING, 4, ["reuse_rollout=false"], [FAKE_PHASES, ALL_PHASES]),
+    ],
+    ids=["everything", "stochastic", "every iteration", "every third", "alternating", "own rollouts"],
+)
 def test_micro_batches_give_every_phase_the_gradient_of_the_batch(
-    models: Path, tmp_path: Path, hooks: list[str]
+    models: Path, tmp_path: Path, hooks: list[str], parts: int, plan: list[str], expected: list[list[str]]
 ) -> None:
-    """With every hook at once, over iterations with and without the student; memories agree as well."""
+    """With every hook at once, over iterations with and without the student; memories agree as well.
+
+    Micro-batches of two groups: of a single row nobody could tell whether it was drawn for a group or for all.
+    """
     results, told = [], [word.replace("REWARD", f"{models}/digits-reward") for word in hooks]
-    for parts in (1, 2):
+    for k in (1, parts):
         with pytest.MonkeyPatch.context() as patch:
-            more = [*rewarded(models), *told, f"heldout_rewards=[{models}/judge]", f"accumulate={parts}"]
-            t = trainer(models, tmp_path / str(parts), *more, "batch_size=16")
-            sliced_draws(patch, 16, parts)
-            results.append(gradients(t, patch, parts, 4))
+            more = [*rewarded(models), *told, f"heldout_rewards=[{models}/judge]", f"accumulate={k}", *plan]
+            t = trainer(models, tmp_path / str(k), *more, f"batch_size={8 * parts}")
+            sliced_draws(patch, 8 * parts, k)
+            results.append(gradients(t, patch, k, len(expected)))
     whole, halves = results
-    assert [sorted({k.split("/")[0] for k in phase}) for phase in whole[:-1]] == [
-        ["fake"], ["discriminator"], ["student"], ["fake"], ["discriminator"],
-        ["fake"], ["discriminator"], ["student"], ["fake"], ["discriminator"],
-    ]  # fmt: skip
+    phases = [sorted({name.split("/")[0] for name in phase}) for phase in whole[:-1]]
+    assert phases == [[role] for iteration in expected for role in iteration]
     for one, two in zip(whole, halves, strict=True):
         assert one.keys() == two.keys() and one
         scale = max(float(v.abs().max()) for v in one.values())
@@ -510,6 +658,13 @@ def test_a_probe_stands_where_the_fake_score_has_learned(models: Path, tmp_path:
         t.task.hooks.append(hook)
         t._probe()
         assert t.task._probe.options.level == expected and hook.heard == (4, 3)
+
+
+def test_a_shared_teachers_passes_are_the_teachers(models: Path, tmp_path: Path) -> None:
+    """Both guided halves of 8 samples; the blend of teacher and fake score is a network of its own."""
+    for more in ([], ["shared_teacher={}"]):
+        t = trainer(models, tmp_path / str(len(more)), "fake_warmup=0", *more)
+        assert sum(step(t)[1]["forwards/teacher"]) == 16
 
 
 def test_a_log_tells_of_weights_noise_levels_passes_and_the_zone(models: Path, tmp_path: Path) -> None:

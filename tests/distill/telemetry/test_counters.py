@@ -26,6 +26,15 @@ def test_rows_are_counted_by_network_until_they_are_taken() -> None:
     assert passes.take() == {}
 
 
+def test_a_network_that_stands_in_for_another_is_counted_as_it() -> None:
+    a = nn.Linear(2, 2)
+    stand_in, passes = copy.deepcopy(a), Passes({"a": a})
+    passes.watch("a", stand_in)
+    a(torch.zeros(3, 2))
+    stand_in(torch.zeros(4, 2))
+    assert passes.take() == {"forwards/a": 7}
+
+
 def test_probes_and_copies_that_average_weights_do_not_disturb_the_count() -> None:
     a = nn.Linear(2, 2)
     passes = Passes({"a": a})

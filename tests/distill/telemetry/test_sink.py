@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.telemetry.sink import BINS, Sink, Some, Total, fetched, histogram, on_host, summary
+from distill.telemetry.sink import BINS, Count, Sink, Some, Total, fetched, histogram, on_host, summary
 
 
 def test_floats_are_averaged_and_totals_summed() -> None:
@@ -42,6 +42,13 @@ def test_some_tells_the_mean_of_what_it_chooses_and_nothing_where_that_is_nothin
         {"a": [Some(values, none), Some(values, two), 2.0], "b": [Some(values, none)]}
     )
     assert numbers == {"a": 3.0} and histograms == {} and faults == {}
+
+
+def test_a_count_is_summed_over_an_interval_also_after_it_has_travelled() -> None:
+    one, two = Count(torch.tensor([True, False, True])), Count(torch.tensor([[True], [False]]))
+    for values in ({"a": [one, two, one]}, on_host({"a": [one, two, one]})):
+        numbers, histograms, faults = summary(values)
+        assert numbers == {"a": 5.0} and histograms == {} and faults == {}
 
 
 def test_what_travels_has_neither_graph_nor_another_place() -> None:
