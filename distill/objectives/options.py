@@ -36,6 +36,11 @@ class Advantage(Strict):
     precision: Literal["float32", "bfloat16"] | None = Field(
         None, description="of decoding and judging; None decodes in the recipe's precision and judges in float32"
     )
+    decoder: str | None = Field(
+        None,
+        description="folder or hub id of an AutoencoderTiny, such as madebyollin/taesdxl, that decodes what is judged; "
+        "None: the family's own",
+    )
 
 
 class Adaptation(Strict):

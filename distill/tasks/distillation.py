@@ -23,6 +23,7 @@ from distill.compiled import compile_blocks
 from distill.config import DistillRecipe
 from distill.families.base import Condition, coefficients
 from distill.families.load import Teacher, load_teacher
+from distill.families.tiny import tiny_decoder
 from distill.math import add_noise, group_advantage, squash
 from distill.objectives.build import hooks_of
 from distill.objectives.dmd import fake_loss, student_loss
@@ -79,6 +80,8 @@ class DistillationTask:
         self.samples = samples_for(recipe.data, recipe.seed, self.family)
         self.reward = self._judge(recipe.advantage.reward) if recipe.advantage else None
         self.heldout = [self._judge(name) for name in recipe.heldout_rewards]
+        small = recipe.advantage.decoder if recipe.advantage else None
+        self.decode = tiny_decoder(small, self.family) if small else self.family.decode
         if recipe.advantage:
             check_judges(recipe.advantage.reward, self.reward, recipe.heldout_rewards, self.heldout)
         roles = Roles(self.family, self.teacher, self.student, self.fake, self.samples)
@@ -286,7 +289,7 @@ class DistillationTask:
         rewards, held = nothing.clone(), {judge.name: nothing.clone() for judge in self.heldout}
         if count:
             with autocast(settings.precision or self.recipe.precision):
-                images = to_uint8(self.family.decode(rollout.samples[:count]))
+                images = to_uint8(self.decode(rollout.samples[:count]))
             self.passes.count("reward", count)
             with autocast(settings.precision or "float32"):
                 for judge, scores in ((self.reward, rewards), *((judge, held[judge.name]) for judge in self.heldout)):
