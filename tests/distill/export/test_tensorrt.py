@@ -163,7 +163,7 @@ def test_engines_of_a_bundle_are_built_and_say_that_nobody_ran_them(copy: Path) 
 
 
 @rtx
-@pytest.mark.parametrize("name", ["scenes-sdxl", "digits-sit"])
+@pytest.mark.parametrize("name", ["scenes-sdxl", "digits-sit", "scenes-wan"])
 def test_every_graph_of_the_embedded_bundles_is_taken(name: str, tmp_path: Path) -> None:
     bundle = Bundle.open(REPOSITORY / "bundles" / name)
     for onnx in onnx_engines(bundle, "float32"):
