@@ -77,8 +77,9 @@ def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, Any]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {
-            "LEAPFROG_BUNDLES": str(bundle.path.resolve().parent),
+            "LEAPFROG_BUNDLES": str(bundle.path.resolve()),
             "BENTOML_HOME": home,
+            "LEAPFROG_DATA": home,
             "BENTOML_DO_NOT_TRACK": "True",
         }
         command = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(port)]
