@@ -229,7 +229,7 @@ def test_the_shipped_configuration_loads_and_names_what_exists() -> None:
     from eval.gates import load_gates
 
     config = nightly.load_config(nightly.DEFAULT_CONFIG)
-    assert {watch.bundle.name for watch in config.bundles} == {"scenes-sdxl", "digits-sit"}
+    assert {watch.bundle.name for watch in config.bundles} == {"scenes-sdxl", "digits-sit", "scenes-wan"}
     assert all(load_gates(watch.gates).scores for watch in config.bundles)
 
 
