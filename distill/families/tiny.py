@@ -40,4 +40,4 @@ def tiny_decoder(source: str, family: Any) -> Callable[[Tensor], Tensor]:
             f"{family.name} are {shape} at stride {family.stride}; give one of the same, or leave it out"
         )
     freeze(vae).to(device())
-    return lambda latents: vae.decode(latents, return_dict=False)[0]  # type: ignore[no-any-return]
+    return lambda latents: vae.decode(latents, return_dict=False)[0]
