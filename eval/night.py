@@ -135,7 +135,7 @@ class Night:
         samples = min(total, self.place.samples or total, limit or total)
         samples -= samples % suite.seeds_per_prompt
         for run in self.store.runs(label=label, suite=suite.name):
-            if run["source"]["identity"] == _through_json(source.identity) and run["scored"] == samples:
+            if run["source"]["identity"] == through_json(source.identity) and run["scored"] == samples:
                 return run
         began = time.monotonic()
         identifier, _ = scoring.run(
@@ -375,7 +375,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _through_json(identity: dict[str, Any] | None) -> Any:
+def through_json(identity: dict[str, Any] | None) -> Any:
     import json
 
     return json.loads(json.dumps(identity))

@@ -1,20 +1,23 @@
 """Nights that never were: clean ones must raise no alarm, and each planted damage must be named by the right metric.
 
     python -m eval.rehearse bundles/digits-sit --suite digits-canary --gates digits-sit --nights 20
+    python -m eval.rehearse bundles/scenes-wan --suite scenes-wan-canary --gates scenes-wan --folder runs/rehearsal
 
 A clean night measures the same bundle with noise of 0.0005 standard deviations on its weights, another one every night:
 pictures differ, quality does not. A damaged night measures it with one damage of eval.damage. Both are judged as real
 nights are, by the gates' margins and with a second panel of fresh prompts and seeds; only the suite is smaller. What a
-damage must do to which metric stands in the gates, under canaries and rehearsed. Exit codes: 0 no false alarm and every
-stated effect seen, 1 otherwise, 3 it could not be measured.
+damage must do to which metric stands in the gates, under canaries and rehearsed. With --folder a stopped rehearsal goes
+on where it was. Exit codes: 0 no false alarm and every stated effect seen, 1 otherwise, 3 it could not be measured, 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from eval.damage import damage_weights, damaged, noised
 from eval.errors import EvalError, nearest
 from eval.gate import AnyGate, judge
 from eval.gates import Canary, Gates, load_gates
-from eval.night import fresh_panel
+from eval.night import fresh_panel, through_json
 from eval.pairing import evidence
 from eval.prompts import Suite, load_suite
 from eval.regression import Evidence, Verdict
@@ -109,8 +112,10 @@ class Rehearsal:
         return self.suite.model_copy(update={"prompts": prompts.model_copy(update={"count": count})})
 
     def _score(self, store: Store, source: Source, panel: Suite, label: str) -> dict[str, object]:
+        known, wanted = panel.model_dump(mode="json"), through_json(source.identity)
         for run in store.runs(label=label, suite=panel.name):
-            return run
+            if run["resolved"] == known and run["source"]["identity"] == wanted:
+                return run
         identifier, _ = scoring.run(
             source, panel, store=store.path, label=label, folder=self.judges, cache=self.folder / "samples", quiet=True
         )
@@ -129,6 +134,17 @@ def expected(gates: Gates, only: Sequence[str] | None) -> tuple[Canary, ...]:
 def seen(judged: Judged, canary: Canary) -> bool:
     """Whether the stated metric turned red, or is one that is only watched, by at least the stated effect."""
     return canary.metric in (*judged.red, *judged.watched) and judged.changes[canary.metric] >= canary.at_least
+
+
+@contextlib.contextmanager
+def kept(folder: Path | None) -> Iterator[Path]:
+    """The folder of a rehearsal: the given one, or one that is gone afterwards."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="leapfrog-rehearsal-") as temporary:
+            yield Path(temporary)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def describe(judged: Judged) -> str:
@@ -151,19 +167,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--judges", type=Path, default=judges.DEFAULT_FOLDER, help="default: %(default)s")
+    parser.add_argument("--folder", type=Path, help="where to keep what was measured, to go on with; default: nowhere")
     args = parser.parse_args(arguments)
     try:
         source = BundleSource(args.bundle, args.steps, args.threads)
-        with tempfile.TemporaryDirectory(prefix="leapfrog-rehearsal-") as folder:
+        with kept(args.folder) as folder:
             gates, suite = load_gates(args.gates), load_suite(args.suite)
             canaries = [c for c in expected(gates, args.damage) if c.metric in suite.metrics]
             damages = tuple(dict.fromkeys(canary.damage for canary in canaries))
-            rehearsal = Rehearsal(source, suite, gates, Path(folder), args.samples, args.judges)
+            rehearsal = Rehearsal(source, suite, gates, folder, args.samples, args.judges)
             nights = [rehearsal.clean(number) for number in tqdm(range(args.nights), desc="clean", unit="night")]
             planted = {name: rehearsal.planted(name) for name in tqdm(damages, desc="damaged", unit="night")}
     except (EvalError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept where --folder was given", file=sys.stderr)
+        return 130
     for judged in (*nights, *planted.values()):
         print(describe(judged))
     alarms, looks = sum(bool(night.red) for night in nights), sum(bool(night.suspected) for night in nights)
