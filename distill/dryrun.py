@@ -170,7 +170,7 @@ class Plan:
         if phase == "student":
             return ("student",) * (2 if self.recipe.regression else 1) + ((gan.source,) if gan else ())
         if phase == "fake":
-            return ("fake",) * (3 if _classifies(self.recipe) else 1)
+            return ("fake",) * (3 if classifies(self.recipe) else 1)
         regular = gan and gan.r1 and (gan.r1_form == "exact" or gan.source == "fake")
         return (gan.source,) * 2 if gan and regular else ()
 
@@ -321,7 +321,7 @@ def _brought(recipe: DistillRecipe, family: Any, network: nn.Module, x: Tensor, 
         yield Role("discriminator", head, head, averaged=recipe.ema > 0)
 
 
-def _classifies(recipe: DistillRecipe) -> bool:
+def classifies(recipe: DistillRecipe) -> bool:
     """Whether the fake score's phase trains the network under the head, and leaves the head its features."""
     return recipe.gan is not None and recipe.gan.source == "fake" and recipe.gan.fake_weight > 0
 
@@ -356,7 +356,7 @@ def _passes(
     yield Pass("fake", "fake score, forward and backward", train, fake, both)
     if r.gan:
         yield Pass("student", "features for the GAN, to its input", train, student, both)
-        if _classifies(r):
+        if classifies(r):
             yield Pass("fake", "classification, real and fake", train, 2.0 * fake, both)
         else:
             yield Pass("discriminator", "features, real and fake", cost.forward, 2.0 * fake, 1)
@@ -367,7 +367,8 @@ def _passes(
     if r.regression:
         yield Pass("student", "regression, forward and backward", train, student, both)
     if r.advantage:
-        scored = {"always": draws, "student": student, "last-step": draws / max(1.0, 2 * earlier + 1)}
+        last = draws / max(1.0, 2 * earlier + 1)
+        scored = {"always": draws, "student": student, "reuse": student, "last-step": last}
         with torch.device("meta"):
             decode = pass_cost(_Decoder(family), {"latents": x}).forward if family.parts else 0.0
         yield Pass("reward", "decoder", decode, each * scored[r.advantage.when] * r.advantage.share)

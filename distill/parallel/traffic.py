@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from distill.config import DistillRecipe, RecipeError, load_recipe
-from distill.dryrun import Machine, Plan, plan
+from distill.dryrun import Machine, Plan, classifies, plan
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def passes(recipe: DistillRecipe) -> tuple[float, float]:
 
     gathers = d·E[k − 1] + (d − s) + s·(2 + 1 + 1) + 2·f with s = 1/fake_per_student, f the share of iterations that
     train the fake score, d roll-outs; a student's update runs itself forward and backward, teacher and fake score once.
+    A GAN adds features to the student's update, and to the fake score's two passes, of real and of fake samples.
     """
     weights = recipe.step_weights or (1.0,) * len(recipe.steps)
     earlier = sum(w * (k - 1) / 2 for w, k in zip(weights, recipe.steps, strict=True)) / sum(weights)
@@ -82,7 +83,7 @@ def passes(recipe: DistillRecipe) -> tuple[float, float]:
     draws = 1.0 if recipe.reuse_rollout else student + fake
     gathers = draws * earlier + (draws - student) + 4 * student + 2 * fake
     if recipe.gan:
-        gathers += 2 * student + 2 * 2 * fake + 2 * fake
+        gathers += 2 * student + (4 if classifies(recipe) else 2) * fake + (2 * fake if recipe.gan.r1 else 0)
     return gathers, student + fake
 
 
