@@ -240,14 +240,14 @@ def data_uri(path: Path, largest: int = 60_000) -> str:
 
 
 def cost(record: Record) -> str:
-    """Rows of forward passes and CPU-seconds per role; a guided teacher counts each sample twice."""
-    roles = list(
-        dict.fromkeys(name.split("/", 1)[1] for p in ("forwards/", "cpu_seconds/") for name in record.names(p))
-    )
+    """Rows of forward passes and seconds per role, a GPU's where the log has them; a guided teacher counts twice."""
+    unit = "GPU" if record.names("gpu_seconds") else "CPU"
+    key = f"{unit.lower()}_seconds"
+    roles = list(dict.fromkeys(name.split("/", 1)[1] for p in ("forwards/", f"{key}/") for name in record.names(p)))
     if not roles:
         return ""
-    whole = record.total("cpu_seconds")
-    rows = [(role, record.total(f"forwards/{role}"), record.total(f"cpu_seconds/{role}")) for role in roles]
+    whole = record.total(key)
+    rows = [(role, record.total(f"forwards/{role}"), record.total(f"{key}/{role}")) for role in roles]
     rest = whole - sum(seconds for _, _, seconds in rows)
     rows.append(("previews, checkpoints, logs", 0.0, max(rest, 0.0)))
     lines = "".join(
@@ -256,11 +256,12 @@ def cost(record: Record) -> str:
         for role, forwards, seconds in rows
     )
     note = (
-        "Samples that passed forward through each network (a guided teacher counts twice), and CPU-seconds of each "
+        f"Samples that passed forward through each network (a guided teacher counts twice), and {unit}-seconds of each "
         "role's phase: the student's holds rollout, reward and the passes of the teacher; the first probe also draws "
-        f"the teacher's own samples. Whole run: {_some(whole)} CPU-seconds in {_some(record.total('seconds'))} seconds."
+        f"the teacher's own samples. Whole run: {_some(whole)} {unit}-seconds in {_some(record.total('seconds'))} "
+        "seconds."
     )
-    head = "<tr><th>role</th><th>samples forward</th><th>per iteration</th><th>CPU-seconds</th><th>share</th></tr>"
+    head = f"<tr><th>role</th><th>samples forward</th><th>per iteration</th><th>{unit}-seconds</th><th>share</th></tr>"
     return f'<div class="scroll"><table>{head}{lines}</table></div><p class="soft">{note}</p>'
 
 

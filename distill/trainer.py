@@ -39,14 +39,15 @@ from distill.parallel.mean import Average
 from distill.parallel.saver import Saver
 from distill.parallel.shard import kept_ties, let_go, materialise, mesh_of, shard, sum_groups
 from distill.parallel.world import world
-from distill.telemetry.sink import Sink, Total, Value, fetched, on_host
+from distill.telemetry.clock import clock_of
+from distill.telemetry.sink import Sink, Value, fetched, on_host
 
 log = logging.getLogger(__name__)
 Telemetry = Mapping[str, Value]
 
 
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-PER_RANK = ("cpu_seconds/", "peak_gib")
+PER_RANK = ("cpu_seconds/", "gpu_seconds", "peak_gib")
 """Beginnings of what ranks that share their micro-batches each tell of themselves."""
 
 
@@ -139,6 +140,7 @@ class Trainer:
         self.optimizers = {role: _adamw(task.roles[role], task.optimizers[role]) for role in task.roles}
         self.ema = {role: Average(module) for role, module in task.roles.items()} if self.recipe.ema else {}
         self.saver = Saver(self.world)
+        self.clock = clock_of(self.device)
         self._stop: int | None = None
 
     def _place(self) -> None:
@@ -194,7 +196,7 @@ class Trainer:
                     sink.add({name: [value] for name, value in probed.items()} if self.world.leader else {})
                 last = self.iteration == recipe.iterations
                 if self.iteration % recipe.log_every == 0 or last:
-                    sink.add(self._peak())
+                    sink.add({**self._peak(), **self.clock.take()})
                     sink.values = _merged(self.world.gather(on_host(sink.values)), self.context)
                     bar.set_postfix(sink.flush(self.iteration, recipe.batch_size))
                 if (self.iteration % recipe.preview_every == 0 or last) and self._joins:
@@ -229,18 +231,17 @@ class Trainer:
 
     def _probe(self) -> Telemetry:
         assert isinstance(self.task, Probed)
-        began, modes = time.process_time(), {m: m.training for m in self.task.roles.values()}
+        modes = {m: m.training for m in self.task.roles.values()}
         for module in modes:
             module.eval()
         try:
             # A network's own dropout must not move training's stream.
             gpus = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=gpus), self._probe_folder() as folder:
-                telemetry = self.task.probe(folder, self.iteration)
+            with self.clock.phase("probe"), torch.random.fork_rng(devices=gpus), self._probe_folder() as folder:
+                return self.task.probe(folder, self.iteration)
         finally:
             for module, mode in modes.items():
                 module.train(mode)
-        return {**telemetry, "cpu_seconds/probe": Total(time.process_time() - began)}
 
     @contextlib.contextmanager
     def _probe_folder(self) -> Iterator[Path]:
@@ -264,33 +265,32 @@ class Trainer:
         telemetry: dict[str, list[Value]] = {}
         seen: dict[str, list[Tensor]] = {}
         for phase in self.task.phases(self.iteration):
-            began = time.process_time()
-            optimizer, settings = self.optimizers[phase.role], self.task.optimizers[phase.role]
-            rate = settings.learning_rate * schedule(settings, self.iteration, self.recipe.iterations)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            role = self.task.roles[phase.role]
-            for micro in self.micros:
-                sum_groups(self._networks, last=micro == self.micros[-1])
-                loss, values = phase.loss(micro)
-                (loss / len(self.micros)).backward()
-                seen.setdefault(phase.role, []).append(loss.detach())
-                for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
-                    telemetry.setdefault(name, []).append(value)
-            gradients.average(role.parameters(), self.world)
-            let_go(self._networks)
-            norm = gradients.clip(role.parameters(), settings.clip)
-            seen[phase.role].append(norm)
-            telemetry[f"{phase.role}/grad_norm"] = [norm]
-            self.saver.settle()
-            optimizer.step()
-            for each in self.optimizers.values():
-                each.zero_grad(set_to_none=True)
-            if self.ema:
-                self.ema[phase.role].follow(min(self.recipe.ema, (1 + self.iteration) / (10 + self.iteration)))
-            if phase.after is not None:
-                phase.after()
-            telemetry[f"cpu_seconds/{phase.role}"] = [Total(time.process_time() - began)]
+            with self.clock.phase(phase.role):
+                optimizer, settings = self.optimizers[phase.role], self.task.optimizers[phase.role]
+                rate = settings.learning_rate * schedule(settings, self.iteration, self.recipe.iterations)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                role = self.task.roles[phase.role]
+                for micro in self.micros:
+                    sum_groups(self._networks, last=micro == self.micros[-1])
+                    loss, values = phase.loss(micro)
+                    (loss / len(self.micros)).backward()
+                    seen.setdefault(phase.role, []).append(loss.detach())
+                    for name, value in {**values, f"{phase.role}/loss": loss.detach()}.items():
+                        telemetry.setdefault(name, []).append(value)
+                gradients.average(role.parameters(), self.world)
+                let_go(self._networks)
+                norm = gradients.clip(role.parameters(), settings.clip)
+                seen[phase.role].append(norm)
+                telemetry[f"{phase.role}/grad_norm"] = [norm]
+                self.saver.settle()
+                optimizer.step()
+                for each in self.optimizers.values():
+                    each.zero_grad(set_to_none=True)
+                if self.ema:
+                    self.ema[phase.role].follow(min(self.recipe.ema, (1 + self.iteration) / (10 + self.iteration)))
+                if phase.after is not None:
+                    phase.after()
         self._check(seen)
         return telemetry
 

@@ -29,12 +29,16 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: seconds on the clock, CPU-seconds, samples that went forward per role."""
+    """What a run took: seconds on the clock, CPU-seconds of the first process, samples that went forward per role.
+
+    gpu_seconds: of all ranks together; 0 where the run had no GPU, or its log does not tell.
+    """
 
     iterations: int
     seconds: float
     cpu_seconds: float
     forwards: dict[str, float]
+    gpu_seconds: float = 0.0
 
 
 def read_cost(run: Path, recipe: dict[str, Any]) -> Cost | None:
@@ -49,10 +53,10 @@ def read_cost(run: Path, recipe: dict[str, Any]) -> Cost | None:
             forwards[key.removeprefix("forwards/")] = forwards.get(key.removeprefix("forwards/"), 0.0) + (
                 line[key] or 0
             )
-    total = {key: sum(float(line.get(key) or 0) for line in lines) for key in ("seconds", "cpu_seconds")}
-    if not total["seconds"]:
-        return None
-    return Cost(max((line["iteration"] for line in lines), default=0), total["seconds"], total["cpu_seconds"], forwards)
+    seconds, cpu, gpu = (
+        sum(float(line.get(key) or 0) for line in lines) for key in ("seconds", "cpu_seconds", "gpu_seconds")
+    )
+    return Cost(max(line["iteration"] for line in lines), seconds, cpu, forwards, gpu) if seconds else None
 
 
 def _plain(tree: Any) -> Any:
@@ -130,9 +134,11 @@ def _cost(cost: Cost | None, provenance: dict[str, Any]) -> str:
     if cost is None:
         return "Not recorded: the run's log is not at hand." + (f" It ran on {where}." if where else "")
     roles = ", ".join(f"{role} {count:,.0f}" for role, count in sorted(cost.forwards.items()) if count)
+    spent = f"{_duration(cost.cpu_seconds)} of processor time in the first process"
+    if cost.gpu_seconds:
+        spent = f"{_duration(cost.gpu_seconds)} of GPU time in all processes"
     return (
-        f"{cost.iterations:,} iterations in {_duration(cost.seconds)} on the clock, {_duration(cost.cpu_seconds)} of "
-        "processor time in the first process"
+        f"{cost.iterations:,} iterations in {_duration(cost.seconds)} on the clock, {spent}"
         + (f", on {where}" if where else "")
         + (f"; samples that went forward: {roles}." if roles else ".")
         + _gpu_hours(cost, provenance)
@@ -150,8 +156,8 @@ def _machine(provenance: dict[str, Any]) -> str:
 
 
 def _gpu_hours(cost: Cost, provenance: dict[str, Any]) -> str:
-    """A rank has one GPU to itself."""
-    if not (provenance.get("machine") or {}).get("gpus"):
+    """Where the log has no GPU time: a rank has one GPU to itself."""
+    if cost.gpu_seconds or not (provenance.get("machine") or {}).get("gpus"):
         return ""
     return f" That is {cost.seconds / 3600 * provenance['ranks']:.3g} GPU-hours."
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from distill.report import _spread, data_uri, main
+from distill.report import _spread, cost, data_uri, main
+from distill.telemetry.record import load
 from distill.telemetry.sink import Sink, Total
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -73,6 +74,25 @@ def test_a_page_shows_everything_that_was_logged(report: Path) -> None:
     assert "<td>teacher</td><td>15,360</td><td>128</td><td></td><td></td>" in table
     assert "<td>student</td><td>7,680</td><td>64</td><td>30</td>" in table
     assert "iterations: 240" in page
+
+
+def test_the_cost_of_a_gpu_run_is_its_gpus_time(tmp_path: Path) -> None:
+    """The host's seconds stand beside it in the log and say nothing of the GPU."""
+    sink = Sink(tmp_path, 0)
+    for i in (1, 2):
+        sink.add(
+            {
+                "forwards/student": [Total(640)], "gpu_seconds/student": [Total(6.0)],
+                "gpu_seconds/fake": [Total(3.0)], "gpu_seconds": [Total(10.0)], "cpu_seconds/student": [Total(777.0)],
+            }
+        )  # fmt: skip
+        sink.flush(10 * i, 8)
+    sink.close()
+    table = cost(load(tmp_path))
+    assert "<th>GPU-seconds</th>" in table and "Whole run: 20 GPU-seconds in" in table
+    assert "<td>student</td><td>1,280</td><td>64</td><td>12</td><td>60.0%</td>" in table
+    assert "<td>fake</td><td></td><td></td><td>6</td><td>30.0%</td>" in table
+    assert "<td>2</td><td>10.0%</td>" in table and "777" not in table and "CPU" not in table
 
 
 def test_a_page_loads_nothing_from_elsewhere(report: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def test_cost_names_the_machine_and_its_ranks(manifest: Manifest) -> None:
 
     gpus = {"gpus": {"NVIDIA H200": 4}, "cores": 64, "processor": "a CPU"}
     assert "in the first process, on 8 ranks, each node with 4 × NVIDIA H200. That is 16 GPU-hours." in told(gpus, 8)
+    timed = told(gpus, 8, replace(cost, gpu_seconds=55_000.0))
+    assert "on the clock, 15.3 hours of GPU time in all processes, on 8 ranks, each node with 4 × NVIDIA H200." in timed
+    assert "processor time" not in timed and "GPU-hours" not in timed
     processor = {"gpus": {}, "cores": 2, "processor": "Fast CPU"}
     assert told(processor, 1).strip().endswith(", on 1 rank, each node with 2 cores of Fast CPU.")
     assert "is not at hand. It ran on 1 rank" in told(processor, 1, None)
@@ -116,6 +120,8 @@ def test_cost_is_summed_over_the_log(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", RECIPE, lines)
     assert read_cost(run, RECIPE) == Cost(100, 22.0, 17.0, {"teacher": 150.0})
     assert read_cost(run, RECIPE | {"betas": (0, 1)}) is not None
+    run = write_run(run, RECIPE, [line | {"gpu_seconds": 60.0, "gpu_seconds/fake": 40.0} for line in lines])
+    assert read_cost(run, RECIPE) == Cost(100, 22.0, 17.0, {"teacher": 150.0}, gpu_seconds=120.0)
 
 
 def test_cost_of_another_run_is_not_taken(tmp_path: Path) -> None:
