@@ -12,11 +12,13 @@ from torch import Tensor
 
 from distill.families.base import Prediction, coefficients
 from distill.math import convert
+from distill.objectives.amd import RepulsiveSharpening
 from distill.objectives.dmd import student_loss
 from distill.objectives.plan import Hook, Roles, Rollout
 from distill.objectives.rtdmd import PolicyGradient, RewardTilt, ScoreConsistency
 from distill.sampling import Flow
 from distill.tasks.common import to_uint8
+from distill.toy import Mixture, Plan, Plane, distil
 
 DIM, DEVIATION, MEAN = 4, 0.6, -0.5
 
@@ -79,6 +81,71 @@ def test_the_fixed_point_is_the_tilted_teacher() -> None:
             optimizer.step()
         torch.testing.assert_close(mean.detach(), MEAN + shift * direction, rtol=0, atol=0.05)
         torch.testing.assert_close(log_s.detach().exp(), torch.full((DIM,), DEVIATION), rtol=0, atol=0.04)
+
+
+class Sealed(torch.autograd.Function):
+    """λ·x of points (B, 2), which nothing can differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        return x @ slope
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("the reward was differentiated")
+
+
+class Pictured(Plane):
+    """Points as pictures, far from the ends of a picture's range."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x.flatten(1) / 100
+
+
+class OfPoints:
+    def __init__(self, rate: Callable[[Tensor], Tensor]) -> None:
+        self.rate = rate
+
+    def score_pixels(self, pixels: Tensor, conditions: Sequence[Any]) -> Tensor:
+        return self.rate(100 * pixels)
+
+
+def test_sharpening_and_the_tilt_reach_the_same_density_one_of_them_without_the_rewards_gradient() -> None:
+    """p_real·e^{a} with a = (r − μ)/σ: of a Gaussian teacher N(m, s²) and r = λ·x it is N(m + s·λ/|λ|, s²).
+
+    Sharpening scores r and no more; the tilt follows β·∇r with the matching strength β = 1/σ_r = 1/(s·|λ|) and knows
+    no advantage. Same teacher, start, times and noise, 256 particles; means, widths and quartiles along λ agree with
+    the closed form and with each other to 0.1 of the teacher's deviation, where the tilt is 1.0 of it.
+    """
+    slope, deviation, n = torch.tensor([0.9, -0.6]), 0.6, 256
+    teacher = Mixture(torch.ones(1), torch.tensor([[0.5, -0.3]]), deviation)
+    begin = 0.3 * torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+    plan, roles = Plan(group=n), Roles(Pictured(), teacher, teacher, teacher)
+    beta = 1 / (deviation * float(slope.norm()))
+
+    def tilted_by(rate: Callable[[Tensor], Tensor]) -> Tensor:
+        return distil(teacher, begin, plan, [RewardTilt(roles, OfPoints(rate), beta=beta, deviation=deviation)])[-1]
+
+    def sealed(x: Tensor) -> Tensor:
+        return torch.as_tensor(Sealed.apply(x, slope))
+
+    sharpened = distil(teacher, begin, plan, [RepulsiveSharpening(clipped=False)], sealed)[-1]
+    tilted = tilted_by(lambda x: x @ slope)
+    with pytest.raises(RuntimeError, match="the reward was differentiated"):
+        tilted_by(sealed)
+
+    expected = teacher.tilted(beta * slope)
+    quarters = torch.tensor([0.25, 0.5, 0.75])
+    normal = torch.distributions.Normal(0.0, 1.0).icdf(quarters)
+    found = []
+    for points in (sharpened, tilted):
+        z = (points - expected.means[0]) / deviation
+        along = (z @ (slope / slope.norm())).quantile(quarters)
+        found.append(torch.cat((z.mean(0), z.std(0) - 1, along - normal)))
+    for difference in (*found, found[0] - found[1]):
+        torch.testing.assert_close(difference, torch.zeros(7), rtol=0, atol=0.1)
+    shift = (expected.means - teacher.means)[0] / deviation
+    torch.testing.assert_close(shift, slope / slope.norm())
 
 
 def test_the_displacement_is_the_posterior_covariance_times_the_gradient() -> None:
