@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from service import logs, routes, schemas
+from service import logs, routes, schemas, tracing
 from service.edge import STATE, Edge, RequestState, RestorePath
 from service.encode import EncodePool
 from service.errors import ApiError
@@ -51,7 +51,12 @@ class EdgeService(bentoml.Service[Any]):  # type: ignore[misc]
     """BentoML's service with our outermost layer around it."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        return Edge(super().to_asgi(is_main=is_main), hub.settings)
+        self.inject_config()
+        try:
+            hub.tracer = tracing.open_tracer()
+        except SettingsError as error:
+            hub.registry.fail(str(error))
+        return Edge(super().to_asgi(is_main=is_main), hub.settings, hub.registry.measure_memory)
 
 
 class NoCallerErrors(logging.Filter):
@@ -69,6 +74,8 @@ class CallerError(BentoMLException):
         super().__init__(error.message, error_code=HTTPStatus(error.status))
 
 
+PROBES = "/(livez|readyz|healthz|metrics)$"
+"""Which machines ask for every few seconds, so that no traces are made of them."""
 hub = make_hub()
 web = routes.build(hub)
 
@@ -80,6 +87,7 @@ web = routes.build(hub)
     traffic={"timeout": 3600},
     http={"host": "127.0.0.1", "port": 3000},
     logging={"access": {"enabled": False}},
+    tracing={"excluded_urls": [PROBES]},
 )
 @bentoml.asgi_app(web, path="/")
 class Leapfrog:
@@ -98,6 +106,8 @@ class Leapfrog:
         await asyncio.to_thread(hub.registry.close)
         await asyncio.to_thread(hub.studio.end)
         hub.pool.close()
+        if hub.tracer is not None:
+            await asyncio.to_thread(tracing.flush)
 
     async def __is_ready__(self) -> bool:
         if not hub.registry.ready:

@@ -14,7 +14,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,8 +84,9 @@ class RequestState:
 class Edge:
     """ASGI application around BentoML's."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app, self.settings = app, settings
+    def __init__(self, app: ASGIApp, settings: Settings, measure: Callable[[], None] = lambda: None) -> None:
+        """measure: called before /metrics is answered, for what is only known by looking."""
+        self.app, self.settings, self.measure = app, settings, measure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -105,6 +106,8 @@ class Edge:
             body = await self._body(state, headers, receive)
             inner = {**scope, "path": metric_path(scope["path"]), STATE: state}
             state.receive = replay(body, receive)
+            if state.path == "/metrics":
+                self.measure()
             await self.app(inner, state.receive, reply)
         except ApiError as error:
             await reply.error(error)

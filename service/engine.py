@@ -263,7 +263,9 @@ class Engine:
             except Exception as error:
                 self._fail(row, error)
                 continue
-            row.encode_text_ms = (time.perf_counter() - start) * 1e3
+            ended = time.perf_counter()
+            row.encode_text_ms = (ended - start) * 1e3
+            row.tell("encode_text", start, ended)
             metrics.stage(row.order.model, "encode_text", row.encode_text_ms)
             with self._wake:
                 if row.prompt_cache != "hit":
@@ -389,6 +391,9 @@ class Engine:
                 if row.job.remaining == 0:
                     self.scheduler.remove(row.job)
         for i, row in enumerate(rows):
+            if steps[i] == 0:
+                row.tell("queue", row.job.submitted, start)
+            row.tell("denoise", start, start + elapsed, len(rows))
             row.latents = advanced[i : i + 1]
             row.denoise_ms += elapsed * 1e3
             row.spent_s += elapsed / len(rows)
@@ -412,6 +417,7 @@ class Engine:
             if pixels is None:
                 continue
             decode_s = time.perf_counter() - start
+            row.tell("decode", start, start + decode_s)
             with self._wake:
                 self.budget.observe_decode(row.job.key, decode_s)
             self._deliver(row, pixels, decode_s * 1e3)

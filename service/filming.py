@@ -21,7 +21,7 @@ import numpy as np
 from service import metrics
 from service.clips import Clip, shrunk, spritesheet, thumbnail
 from service.registry import Model
-from service.rows import Order, Picture
+from service.rows import OnStage, Order, Picture
 from service.runtimes.base import Floats, Images, Worn
 from service.video_request import VideoPlan
 
@@ -60,8 +60,12 @@ class Filming:
         worn: Worn = (),
         on_begin: Callable[[], None] = lambda: None,
         on_step: Callable[[int, Floats], None] = lambda done, x0: None,
+        on_stage: OnStage | None = None,
     ) -> None:
-        """deadline_s: from now on; on_begin, on_step: called on the denoising thread, see service.rows.Order."""
+        """deadline_s: from now on; on_begin, on_step: called on the denoising thread, see service.rows.Order.
+
+        on_stage hears of encode_video too, from the first frames to the file.
+        """
         self.model, self.plan, self.path = model, plan, path
         self.done: Future[Made] = Future()
         self._pool, self._pieces = pool, queue.SimpleQueue[Images | BaseException | Picture]()
@@ -73,6 +77,7 @@ class Filming:
             on_begin=lambda index: on_begin(),
             on_step=lambda index, done, x0: on_step(done, x0),
             on_frames=self._on_frames,
+            on_stage=on_stage,
         )
         self._row: Future[Picture] | None = None
 
@@ -137,7 +142,7 @@ class Filming:
             self.done.set_result(made)
 
     def _write(self) -> Made:
-        plan, spent_s = self.plan, 0.0
+        plan, spent_s, begun = self.plan, 0.0, time.perf_counter()
         columns = math.ceil(math.sqrt(plan.frames))
         small: list[Images] = []
         middle: Images | None = None
@@ -157,7 +162,10 @@ class Filming:
             start = time.perf_counter()
         assert middle is not None, f"{count} frames came of {plan.frames}"
         pictures = (thumbnail(middle), spritesheet(np.concatenate(small)))
-        encode_ms = (spent_s + time.perf_counter() - start) * 1e3
+        ended = time.perf_counter()
+        encode_ms = (spent_s + ended - start) * 1e3
+        if self._order.on_stage is not None:
+            self._order.on_stage(0, "encode_video", begun, ended, 1)
         metrics.stage(self.model.name, "encode_video", encode_ms)
         return Made(clip.size_bytes, *pictures, piece, encode_ms)
 

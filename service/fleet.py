@@ -127,13 +127,14 @@ def part_of(order: Order, indices: tuple[int, ...]) -> Order:
     if len(indices) == len(order.seeds):
         return order
     seeds = tuple(order.seeds[index] for index in indices)
-    step, begin, frames = order.on_step, order.on_begin, order.on_frames
+    step, begin, frames, stage = order.on_step, order.on_begin, order.on_frames, order.on_stage
     return replace(
         order,
         seeds=seeds,
         on_step=None if step is None else partial(_renumbered, step, indices),
         on_begin=None if begin is None else partial(_renumbered, begin, indices),
         on_frames=None if frames is None else partial(_renumbered, frames, indices),
+        on_stage=None if stage is None else partial(_renumbered, stage, indices),
     )
 
 

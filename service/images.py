@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from opentelemetry.trace import Tracer
 from starlette.requests import Request
 
-from service import errors, metrics
+from service import errors, metrics, tracing
 from service.cache import ByteCache
 from service.edge import STATE, RequestState
 from service.encode import EncodePool
@@ -25,7 +26,7 @@ from service.idempotency import Gone, Replies
 from service.loras import Loras
 from service.preview import preview, preview_steps
 from service.registry import Model, Registry
-from service.rows import DeadlineExceeded, EngineClosed, Order, OutOfMemory, Picture, QueueFull
+from service.rows import DeadlineExceeded, EngineClosed, OnStage, Order, OutOfMemory, Picture, QueueFull
 from service.runtimes.base import Floats, Worn
 from service.schemas import Plan
 from service.settings import Settings
@@ -50,6 +51,8 @@ class Hub:
     replies: Replies = field(default_factory=Replies)
     running: dict[tuple[str, str], list[Drawing]] = field(default_factory=dict)
     """By owner and request id, for those who want to cancel."""
+    tracer: Tracer | None = None
+    """None: spans go nowhere."""
 
     def __post_init__(self) -> None:
         self.loras = Loras(self.settings, self.registry)
@@ -100,6 +103,7 @@ class Drawing:
         self.id = f"img_{secrets.token_hex(12)}"
         self.begun = time.perf_counter()
         self._worn = hub.loras.resolve(model, plan.loras)
+        self._trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, len(plan.seeds))
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[tuple[int, Floats] | None] = asyncio.Queue()
         self._known = {seed: data for seed in plan.seeds if (data := self._look_up(seed)) is not None}
@@ -131,7 +135,8 @@ class Drawing:
             if await gone():
                 raise Disconnected
         pictures = dict(zip(self._missing, self._pictures(), strict=True))
-        encoded = dict(zip(pictures, await asyncio.gather(*(self._encode(p) for p in pictures.values())), strict=True))
+        files = await asyncio.gather(*(self._encode(index, p) for index, p in enumerate(pictures.values())))
+        encoded = dict(zip(pictures, files, strict=True))
         self._observe(pictures.values())
         return [encoded[seed] if seed in encoded else File(self._known[seed], seed, None) for seed in self.plan.seeds]
 
@@ -180,7 +185,8 @@ class Drawing:
             def tell(index: int, done: int, x0: Floats) -> None:
                 self._loop.call_soon_threadsafe(self._steps.put_nowait, (done, x0))
 
-        order = order_of(self.model, plan, self.state, self._missing, self._worn, tell)
+        on_stage = None if self._trace is None else self._trace.stage
+        order = order_of(self.model, plan, self.state, self._missing, self._worn, tell, on_stage)
         try:
             return self.model.engine.submit(order)
         except (QueueFull, DeadlineExceeded, EngineClosed) as error:
@@ -198,8 +204,11 @@ class Drawing:
     def _told(self, error: Exception) -> ApiError:
         return explain(error, self.plan.deadline_s, self.state)
 
-    async def _encode(self, picture: Picture) -> File:
+    async def _encode(self, index: int, picture: Picture) -> File:
         data, milliseconds = await self.hub.pool.encode(picture.pixels, self.plan.output_format, self.plan.compression)
+        if self._trace is not None:
+            ended = time.perf_counter()
+            self._trace.stage(index, "encode_image", ended - milliseconds / 1e3, ended)
         metrics.stage(self.model.name, "encode_image", milliseconds)
         if self.plan.cache:
             self.hub.files.put(self._key(picture.seed), data, len(data) + 500)
@@ -232,6 +241,7 @@ def order_of(
     seeds: tuple[int, ...],
     worn: Worn = (),
     on_step: Callable[[int, int, Floats], None] | None = None,
+    on_stage: OnStage | None = None,
 ) -> Order:
     """A plan as the engine takes it."""
     return Order(
@@ -248,6 +258,7 @@ def order_of(
         exact=plan.exact,
         loras=worn,
         on_step=on_step,
+        on_stage=on_stage,
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import psutil
 from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 600.0)
@@ -33,6 +36,12 @@ QUEUED = Gauge(
     multiprocess_mode="livesum",
 )
 RUNNING = Gauge("leapfrog_running_rows", "Pictures being denoised", ["model", "device"], multiprocess_mode="livesum")
+MEMORY = Gauge(
+    "leapfrog_device_memory_bytes",
+    "Memory of the server's process: resident on cpu; allocated and reserved by torch on a GPU",
+    ["device", "kind"],
+    multiprocess_mode="livesum",
+)
 ALIVE = Gauge("leapfrog_engine_alive", "1 while an engine computes", ["device"], multiprocess_mode="livesum")
 LARGEST_BATCH = Gauge(
     "leapfrog_batch_limit_rows",
@@ -72,3 +81,11 @@ def step(model: str, rows: int, seconds: float) -> None:
     STEPS.labels(model).inc(rows)
     BATCH_ROWS.labels(model).observe(rows)
     STEP_SECONDS.labels(model, str(rows)).observe(seconds)
+
+
+def memory(devices: Mapping[str, Mapping[str, int]]) -> None:
+    """Record the memory of this process, and what it holds in bytes by kind on each GPU of ``devices``."""
+    MEMORY.labels("cpu", "resident").set(psutil.Process().memory_info().rss)
+    for device, held in devices.items():
+        for kind, size in held.items():
+            MEMORY.labels(device, kind).set(size)

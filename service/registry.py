@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill.bundle import MANIFEST, Bundle, BundleError
+from service import metrics
 from service.engine import Engine
 from service.errors import ApiError, unavailable, unsupported
 from service.fleet import Engines, Fleet
@@ -61,6 +62,7 @@ class Registry:
         self.reason = broken or "the models are being loaded"
         self._models: dict[str, Model] = {}
         self._engines: dict[str, Engines] = {}
+        self._runtimes: list[Runtime] = []
         self._closing = threading.Event()
         if broken:
             logger.error("not serving: %s", broken)
@@ -80,10 +82,10 @@ class Registry:
                 raise BundleError(f"{self.settings.bundles} has no bundle that draws or films from text; add one")
             then()
         except (BundleError, RuntimeUnavailable, StoreError) as error:
-            self._fail(str(error))
+            self.fail(str(error))
         except Exception as error:
             logger.exception("loading failed")
-            self._fail(f"loading failed: {error}")
+            self.fail(f"loading failed: {error}")
         else:
             if not self._closing.is_set():
                 self.state, self.reason = "ready", ""
@@ -139,6 +141,13 @@ class Registry:
     def ready(self) -> bool:
         return self.state == "ready" and self.alive
 
+    def measure_memory(self) -> None:
+        """Set the gauge of memory. Runtimes of one GPU in one process tell the same."""
+        held: dict[str, dict[str, int]] = {}
+        for runtime in self._runtimes:
+            held.setdefault(runtime.capabilities.device, {}).update(runtime.memory())
+        metrics.memory(held)
+
     def close(self) -> None:
         """Stop admitting, finish what runs."""
         self._closing.set()
@@ -165,6 +174,7 @@ class Registry:
             engine.add(manifest.name, runtimes, manifest)
         else:
             engine.add(manifest.name, runtimes[0], manifest)
+        self._runtimes += runtimes
         self._models[manifest.name] = Model(bundle, runtimes[0], engine, bundle.digest, int(time.time()))
         logger.info(
             "loaded %s from %s in %.1f s: %d x %s in %s, %d threads, batches of %s take %s ms per step",
@@ -208,7 +218,8 @@ class Registry:
             prompt_cache_bytes=(settings.prompt_cache_mb << 20) // settings.replicas,
         )
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """Serve nothing until the next start; /readyz and /livez tell the reason."""
         self.state, self.reason = "failed", reason
         logger.error("not serving: %s", reason)
 

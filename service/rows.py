@@ -14,6 +14,12 @@ from service.budget import BatchKey
 from service.runtimes.base import Conditioning, Floats, Images, Runtime, Worn
 from service.scheduler import Job, Priority
 
+OnStage = Callable[[int, str, float, float, int], None]
+"""Called with (index of the seed, stage, begun, ended, rows in the same call) when a stage is over; be quick.
+
+Times are time.perf_counter's; stages are queue, encode_text, denoise for each step, and decode.
+"""
+
 
 class QueueFull(Exception):
     """No place in the queue: how many pictures wait, in how many seconds there should be one, whose limit it is."""
@@ -71,6 +77,7 @@ class Order:
 
     What it raises fails the row. None: the frames are in the result.
     """
+    on_stage: OnStage | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,11 @@ class Row:
         """Noise (1, C, h, w) that enters after the current step; nothing enters after the last one."""
         k = self.job.done + 1
         return self.draws[k : k + 1] if k < len(self.draws) else np.zeros_like(self.latents)
+
+    def tell(self, stage: str, begun: float, ended: float, rows: int = 1) -> None:
+        """Tell whoever follows the order that a stage of this row is over."""
+        if self.order.on_stage is not None:
+            self.order.on_stage(self.index, stage, begun, ended, rows)
 
     def settle(self, outcome: Picture | Exception) -> None:
         """Tell the waiter, unless it has gone. Only whoever took the row out of the engine's table may call this."""

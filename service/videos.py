@@ -27,7 +27,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse, JSONResponse, StreamingResponse
 
-from service import errors, schemas, video_request
+from service import errors, schemas, tracing, video_request
 from service.clips import MEDIA_TYPES
 from service.edge import STATE, RequestState
 from service.errors import ApiError, Disconnected, invalid
@@ -309,6 +309,7 @@ async def film(hub: Hub, request: Request) -> Response:
         asked, _ = await read(request)
         model, plan = plan_of(hub, asked)
         begun = time.perf_counter()
+        trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
         with TemporaryDirectory(prefix="leapfrog-", ignore_cleanup_errors=True) as folder:
             path = Path(folder) / f"clip.{plan.output_format}"
             filming = Filming(
@@ -320,6 +321,7 @@ async def film(hub: Hub, request: Request) -> Response:
                 owner=state.owner,
                 deadline_s=plan.deadline_s,
                 worn=hub.loras.resolve(model, plan.loras),
+                on_stage=None if trace is None else trace.stage,
             )
             made = await _made(filming, state, request)
             data = await asyncio.to_thread(path.read_bytes)

@@ -9,7 +9,7 @@ COPY service service
 COPY eval eval
 COPY benchmarks benchmarks
 RUN python -m venv /opt/leapfrog \
-    && /opt/leapfrog/bin/pip install --no-cache-dir --constraint constraints.txt '.[serve]'
+    && /opt/leapfrog/bin/pip install --no-cache-dir --constraint constraints.txt '.[serve,tracing]'
 
 FROM python:3.11-slim
 RUN useradd --uid 1034 --create-home leapfrog && mkdir /data && chown leapfrog /data
@@ -27,4 +27,6 @@ VOLUME /data
 EXPOSE 3000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:3000/readyz')"]
-CMD ["bentoml", "serve", "service.app:Leapfrog", "--host", "0.0.0.0", "--port", "3000"]
+# What the service is lies in /srv/bentofile.yaml. A bento's image takes the same arguments.
+ENTRYPOINT ["bentoml"]
+CMD ["serve", "--host", "0.0.0.0", "--port", "3000"]

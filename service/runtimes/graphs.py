@@ -129,6 +129,9 @@ class GraphRuntime(ABC):
         assert able.loras or not loras, f"{self.name} cannot have read a LoRA"
         self._sizes = able.batch_sizes if exact else able.loose_sizes or able.batch_sizes
 
+    def memory(self) -> dict[str, int]:
+        return {}
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         if self._tokenizer is None:
             raise ValueError(f"{self.manifest.name} takes labels, not prompts; pass {{'labels': ids}} as conditioning")

@@ -88,6 +88,13 @@ class TorchRuntime(GraphRuntime):
             raise BundleError(f"{bundle.path} has no {graph}; write the bundle again")
         return TorchGraph(self._specs[graph], self.device, self.precision if graph == "step" else "float32")
 
+    def memory(self) -> dict[str, int]:
+        """Of tensors, and of all that torch has taken from the GPU; its CUDA context, some 500 MB, is in neither."""
+        if not self.device.startswith("cuda"):
+            return {}
+        index = torch.device(self.device)
+        return {"allocated": torch.cuda.memory_allocated(index), "reserved": torch.cuda.memory_reserved(index)}
+
     def read_lora(self, data: bytes) -> Lora:
         factors = {layer: self._checked(layer, parts) for layer, parts in self._parts(data).items()}
         rank = max(len(down) for down, _, _ in factors.values())

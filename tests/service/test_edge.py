@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +29,11 @@ class Inner:
 
 
 def ask(
-    settings: Settings, server: tuple[str, int | None] | None, path: str = "/v1/models", **headers: str
+    settings: Settings,
+    server: tuple[str, int | None] | None,
+    path: str = "/v1/models",
+    measure: Callable[[], None] = lambda: None,
+    **headers: str,
 ) -> tuple[int, dict[str, Any], Inner]:
     inner, sent = Inner(), list[Message]()
     scope: Scope = {
@@ -44,7 +50,7 @@ def ask(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(Edge(inner, settings)(scope, receive, send))
+    asyncio.run(Edge(inner, settings, measure)(scope, receive, send))
     body = sent[1]["body"]
     return sent[0]["status"], json.loads(body) if body.startswith(b"{") else {}, inner
 
@@ -122,6 +128,13 @@ def test_labels_of_metrics_are_templates() -> None:
     assert metric_path("/v1/queue") == "/v1/queue"
     assert metric_path("/v1/requests/abc/cancel") == "/v1/requests/{id}/cancel"
     assert metric_path("/v1/requests/abc") == "/{unknown}"
+
+
+def test_what_is_only_known_by_looking_is_looked_at_for_metrics_alone() -> None:
+    looked: list[str] = []
+    for path in ("/livez", "/v1/models", "/metrics", "/metrics/x"):
+        ask(Settings(), LOCAL[0], path, partial(looked.append, path))
+    assert looked == ["/metrics"]
 
 
 def test_routes_hear_from_their_client_past_all_layers_between() -> None:

@@ -343,6 +343,30 @@ def test_each_step_but_the_last_shows_its_estimate_of_the_picture(start: Start, 
     assert sorted(seen) == [(index, done, (4, 16, 16)) for index in (0, 1) for done in (1, 2, 3)]
 
 
+def test_every_stage_of_a_row_is_told_when_and_with_how_many_it_was(start: Start, watched: Watched) -> None:
+    engine, told = start(), list[tuple[int, str, float, float, int]]()
+    watched.go.clear()
+    begun = time.perf_counter()
+    futures = engine.submit(order([3, 4], 2, on_stage=lambda *stage: told.append(stage)))
+    texts_are_ready(engine)
+    watched.go.set()
+    pictures = [future.result(60) for future in futures]
+    ended = time.perf_counter()
+    for index, picture in enumerate(pictures):
+        mine = {name: (start, end) for i, name, start, end, _ in told if i == index}
+        assert [name for i, name, *_ in told if i == index] == [
+            *("encode_text", "queue", "denoise", "denoise", "decode")
+        ]
+        spent = {name: sum(e - s for i, n, s, e, _ in told if (i, n) == (index, name)) * 1e3 for name in mine}
+        assert spent["encode_text"] == pytest.approx(picture.encode_text_ms)
+        assert spent["denoise"] == pytest.approx(picture.denoise_ms)
+        assert spent["decode"] == pytest.approx(picture.decode_ms)
+        assert begun <= mine["queue"][0] <= mine["encode_text"][0] <= mine["encode_text"][1] <= mine["queue"][1]
+        assert mine["queue"][1] <= mine["denoise"][0] <= mine["denoise"][1] <= mine["decode"][0]
+        assert mine["decode"][1] <= ended
+        assert max(rows for i, name, *_, rows in told if (i, name) == (index, "denoise")) == picture.largest_batch
+
+
 def test_text_and_decoding_of_other_rows_go_on_while_a_step_runs(
     start: Start, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:

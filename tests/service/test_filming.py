@@ -87,17 +87,20 @@ def test_clips_equal_those_made_alone_whatever_they_are_batched_with(model: Mode
 
 def test_begin_steps_and_frames_are_told_in_order(model: Model, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     told: list[Any] = []
+    stages: list[str] = []
     filming = Filming(
         model,
         planned(LONG),
         tmp_path / "clip.mp4",
         pool,
+        on_stage=lambda index, stage, begun, ended, rows: stages.append(stage),
         on_begin=lambda: told.append("begin"),
         on_step=lambda done, x0: told.append((done, x0.shape)),
     )
     filming.start()
     made = filming.done.result(60)
     assert told == ["begin", (1, (4, 21, 16, 16))], "the last step has nothing left to show"
+    assert stages == ["encode_text", "queue", "denoise", "denoise", "decode", "encode_video"]
     assert made.row.pixels.shape == (0, 32, 32, 3), "its frames are in the file"
     assert made.encode_ms > 0 and made.size_bytes == (tmp_path / "clip.mp4").stat().st_size
     with av.open(str(tmp_path / "clip.mp4")) as container:

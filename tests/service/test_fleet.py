@@ -67,9 +67,15 @@ def order(*seeds: int, steps: int = 2, **more: Any) -> Order:
 
 def test_pictures_of_one_request_are_made_side_by_side(fleet: Fleet, runtimes: list[Held]) -> None:
     told: list[int] = []
-    pictures = [future.result(60) for future in fleet.submit(order(1, 2, on_begin=told.append))]
+    stages: list[tuple[int, str]] = []
+    on_stage = lambda index, stage, *_: stages.append((index, stage))  # noqa: E731
+    both = order(1, 2, on_begin=told.append, on_stage=on_stage)
+    pictures = [future.result(60) for future in fleet.submit(both)]
     assert [runtime.rows for runtime in runtimes] == [2, 2]
     assert sorted(told) == [0, 1], "callbacks tell the index in the whole request"
+    for index in (0, 1):
+        mine = [stage for i, stage in stages if i == index]
+        assert mine == ["encode_text", "queue", "denoise", "denoise", "decode"]
     for seed, picture in zip((1, 2), pictures, strict=True):
         assert picture.seed == seed
         np.testing.assert_array_equal(

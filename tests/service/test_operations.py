@@ -79,14 +79,18 @@ def test_the_image_is_made_of_what_there_is_and_runs_without_rights() -> None:
         said["USER"] == ["leapfrog"]
         and f"--uid {documents()['Deployment']['spec']['template']['spec']['securityContext']['runAsUser']} " in text
     )
-    module, _, name = json.loads(said["CMD"][0])[2].partition(":")
-    assert f"{module}:{name}" in (REPOSITORY / "bentofile.yaml").read_text()
+    [container] = documents()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert json.loads(said["ENTRYPOINT"][0]) == ["bentoml"], "as in the image of a bento, so that a pod's args fit both"
+    assert json.loads(said["CMD"][0]) == container["args"] and container["args"][0] == "serve"
+    assert f"bentofile.yaml {said['WORKDIR'][-1]}/" in said["COPY"]
     assert said["EXPOSE"] == ["3000"] and "0.0.0.0" in said["CMD"][0]
     [probe] = re.findall(r"127\.0\.0\.1:3000(/\w+)", said["HEALTHCHECK"][0])
     assert probe in OPEN_PATHS
-    extra = re.search(r"'\.\[(\w+)\]'", text)
+    extras = re.search(r"'\.\[([\w,]+)\]'", text)
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert extra is not None and not any("torch" in need for need in project["optional-dependencies"][extra[1]])
+    assert extras is not None and "serve" in extras[1].split(",")
+    needs = [need for extra in extras[1].split(",") for need in project["optional-dependencies"][extra]]
+    assert needs and not any("torch" in need for need in needs)
 
 
 def test_expressions_use_labels_that_their_metrics_have() -> None:

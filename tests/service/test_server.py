@@ -231,6 +231,14 @@ def test_metrics_count_requests_with_bounded_labels(server: Server) -> None:
     assert metric(server, "leapfrog_queue_rows") == 0
 
 
+def test_memory_of_the_process_is_measured_when_it_is_asked_for(server: Server) -> None:
+    text = server.get("/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("leapfrog_device_memory_bytes{")]
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ['leapfrog_device_memory_bytes{device="cpu",kind="resident"}']
+    resident = max(process.memory_info().rss for process in tree(server.process.pid))
+    assert float(lines[0].rsplit(" ", 1)[1]) == pytest.approx(resident, rel=0.2)
+
+
 def test_pictures_of_clients_that_leave_are_given_up(server: Server) -> None:
     cancelled = metric(server, "leapfrog_cancelled_rows_total")
     body = json.dumps({"prompt": PROMPT, "n": 4, "steps": 8}).encode()

@@ -70,6 +70,17 @@ def test_pictures_are_those_of_onnx_runtime(runtime: OnnxRuntime, torched: Torch
     assert able.version == torch.__version__
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="computes on a GPU")
+def test_on_a_processor_it_holds_no_memory_of_its_own(torched: TorchRuntime) -> None:
+    assert torched.memory() == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_tells_the_memory_that_it_holds(torched: TorchRuntime) -> None:
+    held = torched.memory()
+    assert 0 < held["allocated"] <= held["reserved"]
+
+
 def test_clips_are_those_of_onnx_runtime(tiny_video_bundle: Path, video_runtime: OnnxRuntime) -> None:
     filming = TorchRuntime(Bundle.open(tiny_video_bundle), threads=1, max_batch=1)
     found, expected = (generate(r, r.manifest, PROMPTS[:1], [7], steps=2) for r in (filming, video_runtime))
