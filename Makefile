@@ -18,9 +18,10 @@ MODELS := scenes-vae scenes-clip scenes-reward scenes-labeller scenes-teacher sc
 	digits-reward digits-teacher digits-dmd2 digits-amd \
 	scenes-video-vae scenes-video-decoder scenes-umt5 scenes-motion scenes-video-reward scenes-wan-stills scenes-wan-teacher \
 	scenes-wan-dmd2 scenes-wan-amd
+ASIDE := scenes-latent-reward  # no bundle needs it
 
 .DELETE_ON_ERROR:
-.PHONY: serve setup-serve setup test lint format models $(MODELS) scores clean help
+.PHONY: serve setup-serve setup test lint format models $(MODELS) $(ASIDE) scores clean help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -62,7 +63,7 @@ format: setup
 models: setup
 	set -e; for model in $(MODELS); do $(MAKE) $$model; done
 
-$(MODELS): setup
+$(MODELS) $(ASIDE): setup
 	$(BIN)/python -m distill.run recipes/$@.yaml --resume
 	bundle=$$(sed -n 's/^output: //p' recipes/$@.yaml); \
 		case $$bundle in bundles/*) $(BIN)/python -m distill.export $$bundle --to onnx;; esac

@@ -221,6 +221,20 @@ class RewardRecipe(Base):
         return self
 
 
+class LatentRewardRecipe(Base):
+    """A reward of latents that imitates a CLIP-like reward of pictures; a sample is a scene, whole and damaged."""
+
+    task: Literal["latent-reward"]
+    data: SceneData = SceneData(count=8_000)
+    reward: str = Field(description="what is imitated: folder or name of a CLIP-like reward")
+    vae: str = Field(description="folder of the AutoencoderKL whose latents are scored")
+    width: int = Field(64, ge=1, description="channels of the convolutions in the place of the patch embedding")
+    stem_iterations: int = Field(
+        0, ge=0, description="first iterations, which fit these convolutions to the patch embedding: cheap"
+    )
+    optimizer: Optimizer
+
+
 class VideoRewardRecipe(Base):
     """Preferences between clips: clean against damaged or wrongly captioned ones (Bradley–Terry)."""
 
@@ -438,7 +452,17 @@ class DistillRecipe(Denoising):
         if self.advantage and self.advantage.when == "student" and self.sharpening and self.ttur == "alternating":
             raise ValueError(
                 "advantage.when student leaves the fake score without rewards under ttur alternating, so sharpening "
-                "would do nothing; use when: always, or ttur: every"
+                "would do nothing; use when: always or reuse, or ttur: every"
+            )
+        if self.advantage and self.advantage.when == "reuse" and not grouped:
+            raise ValueError(
+                "advantage.when reuse keeps the advantages of groups, and advantage.group is 1; use a group of 2 or "
+                "more, or when: student"
+            )
+        if self.advantage and self.advantage.when == "reuse" and not self.reuse_rollout:
+            raise ValueError(
+                "advantage.when reuse gives the fake score the student's draws and their advantages, and reuse_rollout "
+                "false draws of its own; drop one of them"
             )
         if self.discriminator and not (self.gan or self.foundation_gan):
             raise ValueError("discriminator is an optimizer without a role; add gan or foundation_gan, or drop it")
@@ -493,6 +517,7 @@ Recipe = Annotated[
     | ClipRecipe
     | TextRecipe
     | RewardRecipe
+    | LatentRewardRecipe
     | VideoRewardRecipe
     | LabellerRecipe
     | MotionRecipe
@@ -507,6 +532,7 @@ _CLASSES: dict[str, type[Base]] = {
     "clip": ClipRecipe,
     "text": TextRecipe,
     "reward": RewardRecipe,
+    "latent-reward": LatentRewardRecipe,
     "video-reward": VideoRewardRecipe,
     "labeller": LabellerRecipe,
     "motion": MotionRecipe,

@@ -26,7 +26,7 @@ from distill.families.load import FAMILIES, options_for, with_grid
 from distill.families.published import configs_of
 from distill.objectives.gan import Head
 from distill.parallel.context import check_sequence
-from distill.reward_names import parse_reward
+from distill.reward_names import parse_reward, reads_latents
 
 REWARD_PARAMETERS = {
     "hpsv2": 986_109_441,
@@ -369,8 +369,9 @@ def _passes(
     if r.advantage:
         last = draws / max(1.0, 2 * earlier + 1)
         scored = {"always": draws, "student": student, "reuse": student, "last-step": last}
+        seen = not all(reads_latents(name) for name in (r.advantage.reward, *r.heldout_rewards))
         with torch.device("meta"):
-            decode = pass_cost(_Decoder(family), {"latents": x}).forward if family.parts else 0.0
+            decode = pass_cost(_Decoder(family), {"latents": x}).forward if family.parts and seen else 0.0
         yield Pass("reward", "decoder", decode, each * scored[r.advantage.when] * r.advantage.share)
     encoders = {name: part for name, part in family.parts.items() if name.startswith("text_encoder")}
     if encoders:

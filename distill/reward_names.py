@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def parse_reward(name: str) -> tuple[str | None, str]:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KINDS)}"
         raise ValueError(f"{name!r} is no reward's name and no folder; {hint}")
     return None, name
+
+
+def reads_latents(name: str) -> bool:
+    """Whether a name is the folder of a reward of latents (distill.rewards.latent), for which nothing is decoded."""
+    kind, source = parse_reward(name)
+    config = Path(source) / "config.json"
+    return kind is None and config.is_file() and json.loads(config.read_text()).get("kind") == "latent-reward"
 
 
 def overlaps(train: str, heldout: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from scipy.special import betaincinv  # type: ignore[import-untyped]
 from torch import Tensor
 
 from distill.objectives.plan import Hook, Part, Roles, Rollout, Terms, routed
+from distill.rewards.latent import LatentReward
 
 
 class RewardGradient(Hook):
@@ -37,10 +38,13 @@ class RewardGradient(Hook):
 
 
 def reward_of(family: Any, reward: Any, x: Tensor, rollout: Rollout) -> Tensor:
-    """r(decode(x)) with a graph, (B,); zero where it is not finite."""
+    """r(decode(x)) with a graph, or r(x) of a reward of latents, (B,); zero where it is not finite."""
     with torch.autocast(x.device.type, enabled=False):
-        pixels = family.decode(x).clamp(-1.0, 1.0)
-        return torch.nan_to_num(reward.score_pixels(pixels, rollout.prompts).float(), 0.0, 0.0, 0.0)
+        if isinstance(reward, LatentReward):
+            scores = reward.score_latents(x, rollout.prompts)
+        else:
+            scores = reward.score_pixels(family.decode(x).clamp(-1.0, 1.0), rollout.prompts)
+        return torch.nan_to_num(scores.float(), 0.0, 0.0, 0.0)
 
 
 class BetaRenoising(Hook):

@@ -25,10 +25,11 @@ class Advantage(Strict):
         0.0, description="share of the running variance in σ²; the paper's σ is the group's own"
     )
     decay: Decay = Field(0.98, description="of that running variance")
-    when: Literal["always", "student", "last-step"] = Field(
+    when: Literal["always", "student", "reuse", "last-step"] = Field(
         "always",
-        description="what is decoded and scored: every sample, those of iterations with the student, or those of the "
-        "last step of a grid; a is 0 for the others, which is DMD2",
+        description="what is decoded and scored: every sample, those of iterations with the student (student, reuse), "
+        "or those of the last step of a grid. a is 0 for the others, which is DMD2; reuse repeats prompts and noise of "
+        "the last iteration with the student in those without, and takes its a",
     )
     share: float = Field(
         1.0, gt=0, le=1, description="of the prompts of a micro-batch that are scored; a is 0 for others"

@@ -18,6 +18,7 @@ from distill.math import add_noise, expand, group_advantage
 from distill.objectives.dmdr import reward_of
 from distill.objectives.plan import Hook, Matching, Roles, Rollout, Terms, time_at
 from distill.parallel.device import normal, uniform
+from distill.rewards.latent import scores_of
 from distill.tasks.common import to_uint8
 
 
@@ -133,7 +134,8 @@ class PolicyGradient(Hook):
     def _advantage(self, x: Tensor, rollout: Rollout) -> Tensor:
         """(B,) in [−bound, bound]; 0 for a reward that is not finite, which counts as its group's mean."""
         with torch.autocast(x.device.type, enabled=False):
-            rewards = self.reward.score(to_uint8(self.roles.family.decode(x.float())), rollout.prompts).float()
+            decode = self.roles.family.decode
+            (rewards,) = scores_of([self.reward], x.float(), rollout.prompts, lambda latents: to_uint8(decode(latents)))
         finite = rewards.isfinite()
         grouped = torch.where(finite, rewards, torch.nan).reshape(-1, self.group)
         filled = torch.where(grouped.isfinite(), grouped, grouped.nanmean(1, keepdim=True)).flatten()

@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 def check_judges(train: str, reward: Any, heldout: Sequence[str], judges: Sequence[Any]) -> None:
     """Raises RecipeError where a held-out reward has the training reward's weights; warns where they have one origin.
 
-    train, heldout: names in the recipe; reward, judges: what was loaded for them.
+    A reward of latents has the origin of the one that it imitates. train, heldout: names in the recipe; reward, judges:
+    what was loaded for them.
     """
     for name, judge in zip(heldout, judges, strict=True):
         digest = getattr(judge, "digest", "")
@@ -24,5 +25,17 @@ def check_judges(train: str, reward: Any, heldout: Sequence[str], judges: Sequen
                 f"heldout_rewards: {name} has the weights of advantage.reward {train} (sha256 {digest[:12]}…), so it "
                 "checks nothing; hold out another reward"
             )
+        if _origins(reward) & _origins(judge):
+            log.warning(
+                "rewards: %s and %s come from one reward: what is held out shows where the imitation fails, and not "
+                "what fools both; hold out another reward as well",
+                train,
+                name,
+            )
     for reason in overlaps(train, heldout):
         log.warning("rewards: %s", reason)
+
+
+def _origins(judge: Any) -> set[str]:
+    """Digests of the weights that a judge has or has learned to imitate."""
+    return {getattr(judge, "digest", ""), getattr(judge, "imitates", "")} - {""}

@@ -3,6 +3,7 @@
 load_reward("hpsv2.1")                              # the published weights, from the hub
 load_reward("pickscore:/models/pickscore")          # the same from a local folder
 load_reward("models/scenes-reward")                 # ours
+load_reward("models/scenes-latent-reward")          # ours, of latents (distill.rewards.latent)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from distill.rewards.digits import DigitClassifier
 from distill.rewards.dinov2 import load_dinov2
 from distill.rewards.hpsv2 import load_hpsv2
 from distill.rewards.imagereward import load_imagereward
+from distill.rewards.latent import LatentReward
 from distill.rewards.video import VideoReward
 from distill.rewards.videoalign import load_videoalign
 
@@ -45,8 +47,11 @@ def load_reward(name: str | Path) -> Any:
         return DigitClassifier.load(name)
     if config.get("kind") == "video-reward":
         return VideoReward.load(name)
+    if config.get("kind") == "latent-reward":
+        return LatentReward.load(name)
     if config.get("model_type") == "clip":
         return ClipReward.load(name)
     raise RecipeError(
-        f"{name} holds no reward; give a folder with a CLIPModel, a video reward or a digit classifier, or a known name"
+        f"{name} holds no reward; give a folder with a CLIPModel, a latent or video reward or a digit classifier, or a "
+        "known name"
     )

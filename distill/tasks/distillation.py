@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill.bundle import Manifest, Sampler, write_manifest
 from distill.compiled import compile_blocks
-from distill.config import DistillRecipe
+from distill.config import DistillRecipe, RecipeError
 from distill.families.base import Condition, coefficients
 from distill.families.load import Teacher, load_teacher
 from distill.families.tiny import tiny_decoder
@@ -38,12 +38,14 @@ from distill.parallel.world import world
 from distill.provenance import provenance
 from distill.rewards import load_reward
 from distill.rewards.judges import check_judges
+from distill.rewards.latent import LatentReward, scores_of
 from distill.roles import ADAPTER, Networks, View, adapted, checkpoint_activations, merge, save_adapter, separate
 from distill.sampling import ode_table, student_table
 from distill.tasks.common import autocast, to_uint8
 from distill.tasks.diffusion import draw_times, sample
 from distill.tasks.gathering import everyones
 from distill.tasks.probing import finished, new_probe
+from distill.tasks.reusing import KeptAdvantages
 from distill.tasks.samples import samples_for
 from distill.tasks.video import judge_for, stills
 from distill.telemetry.counters import Passes
@@ -81,6 +83,8 @@ class DistillationTask:
         self.reward = self._judge(recipe.advantage.reward) if recipe.advantage else None
         self.heldout = [self._judge(name) for name in recipe.heldout_rewards]
         small = recipe.advantage.decoder if recipe.advantage else None
+        if small and all(isinstance(judge, LatentReward) for judge in (self.reward, *self.heldout)):
+            raise RecipeError(f"advantage.decoder is {small}, and nothing is decoded: rewards read latents; drop it")
         self.decode = tiny_decoder(small, self.family) if small else self.family.decode
         if recipe.advantage:
             check_judges(recipe.advantage.reward, self.reward, recipe.heldout_rewards, self.heldout)
@@ -90,7 +94,10 @@ class DistillationTask:
         if self.adversary:
             self.roles["discriminator"] = self.adversary.head.train()
             self.optimizers["discriminator"] = recipe.discriminator or recipe.fake
+        reuses = recipe.advantage is not None and recipe.advantage.when == "reuse"
+        self.kept = KeptAdvantages(recipe.batch_size) if reuses else None
         memories = {type(hook).__name__: hook.memory for hook in self.hooks if hook.memory is not None}
+        memories |= {} if self.kept is None else {"KeptAdvantages": self.kept}
         if memories:  # in the checkpoint, but not in the student's bundle
             self.roles["fake"] = nn.ModuleDict({"network": self.fake, **memories})
         if recipe.compile:
@@ -137,7 +144,13 @@ class DistillationTask:
         trains_student = self._trains_student(iteration)
         phases = []
         if trains_student:
-            phases.append(Phase("student", lambda micro: self._student(iteration, micro), self._after_student_step))
+            phases.append(
+                Phase(
+                    "student",
+                    lambda micro: self._student(iteration, micro),
+                    lambda: self._after_student_step(iteration),
+                )
+            )
         if not trains_student or r.ttur == "every":
             phases.append(Phase("fake", lambda micro: self._fake(iteration, micro)))
             if self.adversary:
@@ -149,7 +162,18 @@ class DistillationTask:
         since = iteration - self.recipe.fake_warmup
         return since >= 0 and since % self.recipe.fake_per_student == 0
 
-    def _after_student_step(self) -> None:
+    def _drawn(self, iteration: int) -> int:
+        """The iteration whose prompts, K, k and noise the roll-outs of one have: its own, unless advantages are reused.
+
+        Then it is the last one that trained the student, if there was any.
+        """
+        since = iteration - self.recipe.fake_warmup
+        return iteration if self.kept is None or since < 0 else iteration - since % self.recipe.fake_per_student
+
+    def _after_student_step(self, iteration: int) -> None:
+        if self.kept is not None:
+            advantages = {micro: rollout.advantage() for micro, rollout in self._rollouts.items()}
+            self.kept.keep(iteration, advantages, self.world)
         for hook in self.hooks:
             hook.after_student_step()
 
@@ -228,17 +252,17 @@ class DistillationTask:
 
     def _rollout(self, iteration: int, micro: int, *, graph: bool) -> Rollout:
         """Draw prompts, K and k, simulate the steps before k, and predict the clean sample of step k."""
-        r, family = self.recipe, self.family
+        r, family, drawn = self.recipe, self.family, self._drawn(iteration)
         size = r.batch_size // r.accumulate
         group = r.advantage.group if r.advantage else 1
-        distinct = self.samples.conditions(iteration, micro, size // group)
+        distinct = self.samples.conditions(drawn, micro, size // group)
         prompts = [prompt for prompt in distinct for _ in range(group)]
         condition = {name: rows.repeat_interleave(group, 0) for name, rows in family.encode(distinct).items()}
-        choice = seeded(r.seed, iteration, "step")
+        choice = seeded(r.seed, drawn, "step")
         weights = r.step_weights or (1.0,) * len(r.steps)
         steps = int(choice.choice(r.steps, p=[w / sum(weights) for w in weights]))
         index = int(choice.integers(steps))
-        rng = generator(r.seed, iteration, micro, "rollout")
+        rng = generator(r.seed, drawn, micro, "rollout")
         grid = family.schedule.grid(steps)
         times = moved(torch.from_numpy(grid), device())[:, None].expand(-1, size)
         x = normal((size, *family.latent_shape()), rng, device())
@@ -270,49 +294,71 @@ class DistillationTask:
             renoise=lambda rollout, rng: self._renoise(rollout, "dm", rng, r.time_range),
         )
         if self.reward is not None:
-            self._score(rollout)
+            self._score(rollout, micro)
         self._rollouts[micro] = rollout
         return rollout
 
     @torch.no_grad()
-    def _score(self, rollout: Rollout) -> None:
+    def _score(self, rollout: Rollout, micro: int) -> None:
         """Give a rollout its rewards, raw group advantages and held-out scores.
 
         A reward that is not finite is counted, and its advantage is 0. Samples that the recipe does not score have NaN
-        for a reward and advantage 0.
+        for a reward, and advantage 0 or the one that was kept for them.
         """
         settings = self.recipe.advantage
         if settings is None or self.reward is None:
             raise ValueError("this recipe has no reward; add advantage.reward")
-        total, count = len(rollout.x), self._scored(rollout)
-        nothing = torch.full((total,), torch.nan, device=rollout.x.device)
-        rewards, held = nothing.clone(), {judge.name: nothing.clone() for judge in self.heldout}
-        if count:
-            with autocast(settings.precision or self.recipe.precision):
-                images = to_uint8(self.decode(rollout.samples[:count]))
-            self.passes.count("reward", count)
-            with autocast(settings.precision or "float32"):
-                for judge, scores in ((self.reward, rewards), *((judge, held[judge.name]) for judge in self.heldout)):
-                    scores[:count] = judge.score(images, rollout.prompts[:count]).float()
-        finite = rewards.isfinite()
-        rewards = torch.where(finite, rewards, torch.nan)
+        count = self._scored(rollout)
+        rewards = self._rewards(rollout, count)
         rollout.rewards = lambda: rewards
-        rollout.heldout = held
-        if count:
-            scored = torch.stack([rewards, *held.values()])[:, :count]
-            rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": Count(~scored.isfinite())}
-            for name, values in held.items():
-                rollout.telemetry[f"heldout/{name}"] = Some(values, values.isfinite())
-            for judge in (self.reward, *self.heldout):
-                for axis, values in getattr(judge, "axes", {}).items():
-                    rollout.telemetry[f"{judge.name}/{axis}"] = values.mean()
         if settings.group < 2:
             return
-        if not count:
-            rollout.advantage = lambda: torch.zeros(total, device=rollout.x.device)
-            return
-        # A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
-        grouped = rewards.reshape(-1, settings.group)
+        advantage = self._advantage(rollout, count) if count else self._unscored(rollout, micro)
+        rollout.advantage = lambda: advantage
+
+    def _rewards(self, rollout: Rollout, count: int) -> Tensor:
+        """Rewards (B,) of the first ``count`` samples, NaN where not finite or not scored; held-out scores likewise."""
+        settings = self.recipe.advantage
+        assert settings is not None
+        judges = (self.reward, *self.heldout)
+        scores = torch.full((len(judges), len(rollout.x)), torch.nan, device=rollout.x.device)
+        if count:
+            self.passes.count("reward", count)
+            with autocast(settings.precision or "float32"):
+                scores[:, :count] = scores_of(judges, rollout.samples[:count], rollout.prompts[:count], self._pictures)
+        rollout.heldout = {judge.name: row for judge, row in zip(self.heldout, scores[1:], strict=True)}
+        rewards = torch.where(scores[0].isfinite(), scores[0], torch.nan)
+        if count:
+            told = scores[:, :count].isfinite()
+            rollout.telemetry |= {"reward": rewards.nanmean(), "reward_not_finite": Count(~told)}
+            for name, values in rollout.heldout.items():
+                rollout.telemetry[f"heldout/{name}"] = Some(values, values.isfinite())
+            for judge in judges:
+                for axis, values in getattr(judge, "axes", {}).items():
+                    rollout.telemetry[f"{judge.name}/{axis}"] = values.mean()
+        return rewards
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        """What judges see of latents, uint8."""
+        assert self.recipe.advantage is not None
+        with autocast(self.recipe.advantage.precision or self.recipe.precision):
+            return to_uint8(self.decode(latents))
+
+    def _unscored(self, rollout: Rollout, micro: int) -> Tensor:
+        """Advantages (B,) of a micro-batch of which nothing is scored."""
+        total, place = len(rollout.x), rollout.x.device
+        if self.kept is None:
+            return torch.zeros(total, device=place)
+        return moved(self.kept.of(self._drawn(rollout.iteration), micro, self.recipe.accumulate, total), place)
+
+    def _advantage(self, rollout: Rollout, count: int) -> Tensor:
+        """Raw advantages (B,) of a rollout's rewards within its groups, with the telemetry of them.
+
+        A reward that is not finite takes the mean of its own group, so that it does not move the others' advantages.
+        """
+        settings, rewards = self.recipe.advantage, rollout.rewards()
+        assert settings is not None
+        finite, grouped = rewards.isfinite(), rewards.reshape(-1, settings.group)
         filled = torch.where(grouped.isfinite(), grouped, grouped.nanmean(1, keepdim=True)).flatten()
         advantage = group_advantage(
             filled,
@@ -323,7 +369,6 @@ class DistillationTask:
         advantage = torch.where(finite, advantage, 0.0)
         for hook in self.hooks:
             advantage = hook.judge(rollout, advantage)
-        rollout.advantage = lambda: advantage
         squashed = squash(advantage[:count], settings.squash, settings.bound)
         rollout.telemetry |= {
             "advantage": squashed,
@@ -333,13 +378,15 @@ class DistillationTask:
         }
         if rollout.index == rollout.steps - 1:  # earlier steps are blurred
             rollout.telemetry["diversity"] = group_diversity(rollout.samples, settings.group).mean()
+        return advantage
 
     def _scored(self, rollout: Rollout) -> int:
         """How many of a rollout's samples, from the first on and in whole groups, the recipe wants scored."""
         settings = self.recipe.advantage
         assert settings is not None
         last = rollout.index == rollout.steps - 1
-        wanted = {"always": True, "student": self._trains_student(rollout.iteration), "last-step": last}
+        student = self._trains_student(rollout.iteration)
+        wanted = {"always": True, "student": student, "reuse": student, "last-step": last}
         prompts = len(rollout.x) // settings.group
         return settings.group * ceil(settings.share * prompts) if wanted[settings.when] else 0
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.config import DistillRecipe
 from distill.objectives.plan import Roles, Rollout, fraction_of
+from distill.rewards.latent import scores_of
 from distill.sampling import Table, ode_table
 from distill.tasks.common import to_uint8
 from distill.tasks.diffusion import sample
@@ -36,8 +37,11 @@ def new_probe(recipe: DistillRecipe, roles: Roles, table: Table, judges: Mapping
     def scores(x: Tensor) -> dict[str, Tensor]:
         if not judges:
             return {}
-        images = torch.cat([to_uint8(family.decode(x[piece])) for piece in pieces])
-        return {name: judge.score(images, prompts).float() for name, judge in judges.items()}
+
+        def pictures(latents: Tensor) -> Tensor:
+            return torch.cat([to_uint8(family.decode(latents[piece])) for piece in pieces])
+
+        return dict(zip(judges, scores_of(list(judges.values()), x, prompts, pictures), strict=True))
 
     teacher = ode_table(family.schedule, family.prediction, options.teacher_steps)
     sources = Sources(

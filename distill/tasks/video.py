@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.parallel.device import moved
+from distill.rewards.latent import LatentReward
 
 FRAMES = 4
 """Frames of a video that a reward of pictures sees."""
@@ -50,5 +51,8 @@ class FrameReward:
 
 
 def judge_for(family: Any, judge: Any) -> Any:
-    """A reward as it can judge what a family makes."""
+    """A reward as it can judge what a family makes. Raises RecipeError for a reward of other latents."""
+    if isinstance(judge, LatentReward):
+        judge.check(family)
+        return judge
     return FrameReward(judge) if len(family.latent_shape()) == 4 and not getattr(judge, "video", False) else judge

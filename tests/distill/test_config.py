@@ -135,8 +135,8 @@ def test_unknown_keys_are_refused_with_the_nearest_spelling(tree: dict[str, Any]
         (teacher(model={"width": 8}), "model.family is None; use one of sdxl, wan, sit"),
         (
             {"task": "paint"},
-            "task is 'paint'; use one of vae, video-vae, clip, text, reward, video-reward, labeller, motion, "
-            "diffusion, distill",
+            "task is 'paint'; use one of vae, video-vae, clip, text, reward, latent-reward, video-reward, labeller, "
+            "motion, diffusion, distill",
         ),
         ({"name": "x"}, "task is None; use one of vae, "),
         (distil(student={}), "student.learning_rate: Field required"),
@@ -173,6 +173,14 @@ def test_wrong_values_are_refused_by_key_and_value(tree: dict[str, Any], message
         (
             distil(advantage={"reward": "r", "when": "student"}, sharpening={}, ttur="alternating"),
             "advantage.when student leaves the fake score without rewards under ttur alternating",
+        ),
+        (
+            distil(advantage={"reward": "r", "when": "reuse", "group": 1}),
+            "advantage.when reuse keeps the advantages of groups, and advantage.group is 1",
+        ),
+        (
+            distil(advantage={"reward": "r", "when": "reuse"}, reuse_rollout=False),
+            "advantage.when reuse gives the fake score the student's draws and their advantages, and reuse_rollout",
         ),
         (distil(advantage={"reward": "r", "share": 0}), "advantage.share"),
         (distil(divergence={}), "divergence reads the discriminator's density ratio; add gan"),

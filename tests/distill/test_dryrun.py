@@ -184,6 +184,20 @@ def test_operations_follow_the_update_plan() -> None:
     assert any("shards over 8 ranks, 2 ranks share a sample" in line for line in table(replace(wan, recipe=shared)))
 
 
+def test_what_is_decoded_for_the_reward_follows_the_recipe(tmp_path: Path) -> None:
+    """In iterations with the student alone, which are one of ten; and nothing for a reward of latents."""
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "latent-reward"}))
+
+    def decoder(*overrides: str) -> tuple[float, bool]:
+        (row,) = [p for p in counted("sd15-amd-1step", *overrides).passes if p.what == "decoder"]
+        return row.often, row.operations > 0
+
+    assert decoder() == (1.0, True)
+    assert decoder("advantage.when=student") == decoder("advantage.when=reuse") == (0.1, True)
+    latent = f"advantage.reward={tmp_path}"
+    assert decoder(latent, "heldout_rewards=[]")[1] is False and decoder(latent, "heldout_rewards=[hpsv2]")[1] is True
+
+
 def test_a_network_without_a_sequence_cannot_be_shared() -> None:
     with pytest.raises(RecipeError, match=r"context is 2, and DiTTransformer2DModel has no sequence .* wan family"):
         counted("sit-xl-amd-1step", "parallel.context=2")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from distill.reward_names import KINDS, overlaps, parse_reward
+from distill.reward_names import KINDS, overlaps, parse_reward, reads_latents
 from distill.rewards.load import _LOADERS
 
 
@@ -17,6 +18,14 @@ def test_names_folders_and_sources() -> None:
     assert parse_reward("pickscore:/models/pick") == ("pickscore", "/models/pick")
     assert parse_reward("clip:openai/clip-vit-base-patch32") == ("clip", "openai/clip-vit-base-patch32")
     assert parse_reward("models/scenes-reward") == (None, "models/scenes-reward")
+
+
+def test_a_reward_of_latents_is_known_by_its_folder(tmp_path: Path) -> None:
+    for kind in ("latent-reward", "video-reward"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"kind": kind}))
+    names = [str(tmp_path / "latent-reward"), str(tmp_path / "video-reward"), "hpsv2", str(tmp_path / "nowhere")]
+    assert [reads_latents(name) for name in names] == [True, False, False, False]
 
 
 def test_every_name_has_a_loader() -> None:

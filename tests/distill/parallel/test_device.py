@@ -48,6 +48,7 @@ METHODS = {
         "foundation_gan={features: models/digits-reward}", "dynamic_renoising={}",
         "regression={pairs: 8, steps: 1, features: models/digits-reward}",
     ],
+    "advantages that are kept": ["adaptation.strength=0.3", "sharpening={}", "advantage.when=reuse"],
 }  # fmt: skip
 MAY_WAIT = {
     "telemetry/sink.py:fetched": "once per iteration: are losses and gradients finite?",
@@ -56,6 +57,7 @@ MAY_WAIT = {
     "objectives/deviation.py:after_iteration": "statistics of a whole iteration",
     "objectives/fdistill.py:after_iteration": "statistics of a whole iteration",
     "objectives/fdistill.py:<genexpr>": "the same, column by column",
+    "tasks/reusing.py:keep": "advantages of an iteration with the student, for the checkpoint and the host's next ones",
 }
 """Functions that may look at numbers of the device, which waits for all that it has still to do."""
 ON_HOST = {"__init__", "times", "draw_times", "finished"}

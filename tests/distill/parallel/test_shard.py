@@ -93,13 +93,19 @@ def test_ranks_train_what_one_trains_with_every_kind_of_hook_and_layout(
     assert_streams_equal(jobs.stream(tmp_path / "all"), jobs.stream(tmp_path / "one"))
 
 
-def test_a_run_trains_on_with_another_number_of_ranks(ranks: Any, jobs: Any, models: Path, tmp_path: Path) -> None:
-    """An iteration on one rank, one on two in shards, one on four in shards and copies are three on one."""
-    state = jobs.distil(str(models), str(tmp_path / "whole"), [])
+@pytest.mark.parametrize("more", [[], ["advantage.when=reuse"]], ids=["scored", "reused"])
+def test_a_run_trains_on_with_another_number_of_ranks(
+    ranks: Any, jobs: Any, models: Path, tmp_path: Path, more: list[str]
+) -> None:
+    """An iteration on one rank, one on two in shards, one on four in shards and copies are three on one.
+
+    The second one trains the student; the third one may take over its advantages.
+    """
+    state = jobs.distil(str(models), str(tmp_path / "whole"), more)
     run = str(models), str(tmp_path / "parts")
-    assert jobs.stopped(*run, [], 1) == 1
-    assert ranks(2, jobs.stopped, *run, LAYOUTS["fsdp"], 2) == [2, 2]
-    for each in ranks(4, jobs.distil, *run, LAYOUTS["hsdp"]):
+    assert jobs.stopped(*run, more, 1) == 1
+    assert ranks(2, jobs.stopped, *run, [*more, *LAYOUTS["fsdp"]], 2) == [2, 2]
+    for each in ranks(4, jobs.distil, *run, [*more, *LAYOUTS["hsdp"]]):
         assert_states_equal(each, state)
     assert_streams_equal(jobs.stream(tmp_path / "parts"), jobs.stream(tmp_path / "whole"))
 

@@ -39,3 +39,16 @@ def test_a_reward_that_nothing_checks_is_told(folders: list[str], caplog: pytest
     with caplog.at_level(logging.WARNING):
         check_judges(a, load_reward(a), [], [])
     assert "trains and nothing is held out: name heldout_rewards" in caplog.text
+
+
+@pytest.mark.parametrize("which", ["train", "heldout"])
+def test_a_reward_and_its_imitation_are_told_apart_and_of(
+    which: str, folders: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b, _ = folders
+    reward, other = load_reward(a), load_reward(b)
+    other.imitates = reward.digest
+    train, held = (other, reward) if which == "train" else (reward, other)
+    with caplog.at_level(logging.WARNING):
+        check_judges("one", train, ["other"], [held])
+    assert "one and other come from one reward" in caplog.text

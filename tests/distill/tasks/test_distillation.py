@@ -187,6 +187,7 @@ class Counting:
     [
         ("always", "[2]", [16] * 6),
         ("student", "[2]", [16, 16]),
+        ("reuse", "[2]", [16, 16]),
         ("last-step", "[1]", [16] * 6),
         ("last-step", "[2]", None),
     ],
@@ -194,7 +195,7 @@ class Counting:
 def test_only_what_the_recipe_asks_for_is_scored(
     models: Path, tmp_path: Path, when: str, steps: str, expected: list[int] | None
 ) -> None:
-    """Students learn in iterations 1 and 4; what is not scored has advantage 0."""
+    """Students learn in iterations 1 and 4; what is not scored has no reward, and advantage 0 or a kept one."""
     more = [f"advantage.when={when}", f"steps={steps}", "fake_per_student=3", "batch_size=16", "adaptation={}"]
     t = trainer(models, tmp_path, *rewarded(models), *more, "sharpening={}", f"heldout_rewards=[{models}/judge]")
     t.task.reward = judge = Counting(t.task.reward)
@@ -205,9 +206,73 @@ def test_only_what_the_recipe_asks_for_is_scored(
         (rollout,) = t.task._rollouts.values()
         last.append(rollout.index == rollout.steps - 1)
         got = len(judge.seen) > scored
-        assert bool((rollout.advantage() != 0).any()) == got == bool(rollout.rewards().isfinite().all())
+        kept = when == "reuse" and rollout.iteration > 1
+        assert bool((rollout.advantage() != 0).any()) == (got or kept)
+        assert bool(rollout.rewards().isfinite().all()) == got
         assert bool(rollout.heldout["judge"].isfinite().all()) == got
     assert judge.seen == ([16] * sum(last) if expected is None else expected)
+
+
+REUSE = ["advantage.when=reuse", "fake_per_student=3", "steps=[4]", "adaptation={}", "sharpening={}"]
+"""The student learns in iterations 1 and 4."""
+
+
+@pytest.mark.parametrize("convention", ["every", "alternating"])
+def test_the_fake_scores_own_iterations_repeat_the_students_draws_and_advantages(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convention: str
+) -> None:
+    """The roll-out is that of the present student from the last student iteration's draws; re-noising is fresh."""
+    more = [*rewarded(models), *REUSE, f"ttur={convention}", "accumulate=2"]
+    t, other = trainer(models, tmp_path / "a", *more), trainer(models, tmp_path / "b", *more, "advantage.when=always")
+    advantages = {}
+    for iteration, source in enumerate((0, 1, 1, 1, 4, 4)):
+        with monkeypatch.context() as patch:
+            seen = drawn(t, patch, 1)
+        other.task.student.load_state_dict(t.task.student.state_dict())
+        for micro, rollout in t.task._rollouts.items():
+            expected = other.task._rollout(source, micro, graph=False)
+            assert (rollout.prompts, rollout.steps, rollout.index) == (expected.prompts, 4, expected.index)
+            assert rollout.iteration == iteration
+            if iteration != source or not iteration:  # the student has not moved since the roll-out
+                torch.testing.assert_close(rollout.x, expected.x, rtol=0, atol=0)
+            if iteration == source:
+                advantages[micro] = rollout.advantage() if iteration else torch.zeros(4)
+            assert torch.equal(rollout.advantage(), advantages[micro])
+        for micro, d in enumerate(seen["fake_loss"]):
+            fresh = generator(0, iteration, micro, "fake")
+            assert torch.equal(d.t, torch.rand(4, generator=fresh, dtype=torch.float64))
+            assert torch.equal(d.noise, torch.randn(d.rollout.x.shape, generator=fresh))
+    assert all(float(a.abs().max()) > 0.5 for a in advantages.values())
+
+
+def test_a_student_that_stands_still_would_have_been_given_the_advantages_that_it_keeps(
+    models: Path, tmp_path: Path
+) -> None:
+    more = [*rewarded(models), *REUSE[1:], "batch_size=16", "student.learning_rate=1e-30"]
+    kept, scored = trainer(models, tmp_path / "a", *more, REUSE[0]), trainer(models, tmp_path / "b", *more)
+    step(kept)
+    for _ in range(3):
+        step(kept)
+        (rollout,) = kept.task._rollouts.values()
+        expected = scored.task._rollout(1, 0, graph=False)
+        assert bool(rollout.rewards().isfinite().all()) == (rollout.iteration == 1)
+        torch.testing.assert_close(rollout.advantage(), expected.advantage(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [["batch_size=16"], ["accumulate=2"], ["batch_size=16", "accumulate=2"]])
+def test_kept_advantages_of_another_batch_or_split_count_as_none(models: Path, tmp_path: Path, more: list[str]) -> None:
+    """The checkpoint is read, and the next iteration with the student keeps its own."""
+    t = trainer(models, tmp_path, *rewarded(models), *REUSE)
+    step(t)
+    step(t)
+    t.save()
+    resumed = trainer(models, tmp_path, *rewarded(models), *REUSE, *more)
+    assert resumed.resume() == 2
+    found = []
+    for _ in range(4):
+        step(resumed)
+        found.append({float(r.advantage().abs().max()) > 0 for r in resumed.task._rollouts.values()})
+    assert found == [{False}, {False}, {True}, {True}]
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.01, 4), (0.5, 8), (0.6, 12), (1.0, 16)])
@@ -500,8 +565,9 @@ FAKE_PHASES, ALL_PHASES = ["fake", "discriminator"], ["student", "fake", "discri
         (STOCHASTIC, 4, ["fake_per_student=3", "fake_warmup=0"], [ALL_PHASES, FAKE_PHASES]),
         (EVERYTHING, 4, ["ttur=alternating"], [FAKE_PHASES, ["student"], FAKE_PHASES]),
         (EVERYTHING, 4, ["reuse_rollout=false"], [FAKE_PHASES, ALL_PHASES]),
+        (STOCHASTIC, 2, ["advantage.when=reuse", "fake_warmup=0"], [ALL_PHASES, FAKE_PHASES]),
     ],
-    ids=["everything", "stochastic", "every iteration", "every third", "alternating", "own rollouts"],
+    ids=["everything", "stochastic", "every iteration", "every third", "alternating", "own rollouts", "reused"],
 )
 def test_micro_batches_give_every_phase_the_gradient_of_the_batch(
     models: Path, tmp_path: Path, hooks: list[str], parts: int, plan: list[str], expected: list[list[str]]
@@ -552,7 +618,7 @@ def test_memories_are_resumed(models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [STOCHASTIC, ["shared_teacher={}", "dynamic_renoising={}", "reward_gradient={weight: 0.01}"]]
+    "more", [STOCHASTIC, REUSE, ["shared_teacher={}", "dynamic_renoising={}", "reward_gradient={weight: 0.01}"]]
 )
 def test_what_excludes_other_hooks_is_resumed_alike(models: Path, tmp_path: Path, more: list[str]) -> None:
     features = [text.replace("REWARD", f"{models}/digits-reward") for text in more]
