@@ -31,6 +31,7 @@ TASKS = {
     "clip": "distill.tasks.clip:ClipTask",
     "text": "distill.tasks.text:TextTask",
     "reward": "distill.tasks.reward:reward_task",
+    "latent-reward": "distill.tasks.latent_reward:LatentRewardTask",
     "video-reward": "distill.tasks.video_reward:VideoRewardTask",
     "labeller": "distill.tasks.labeller:LabellerTask",
     "motion": "distill.tasks.motion:MotionTask",
@@ -57,14 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--assume", default="", metavar="KEY=VALUE,…", help="for --dry-run: gpus, tflops, mfu, gib, dollars"
     )
-    parser.add_argument("--shrink", action="store_true", help="rehearse a distillation with tiny random networks")
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="rehearse the recipe: tiny random networks, few data, and all that it reads made small beside the run",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.shrink:
-            recipe = _shrunk(recipe)
+            recipe = _shrunk(recipe, options)
         if options.dry_run:
             return _dry_run(recipe, options.assume)
         _check_inputs(recipe)
@@ -88,13 +93,12 @@ def _dry_run(recipe: Any, assume: str) -> int:
     return 0
 
 
-def _shrunk(recipe: Any) -> Any:
-    """The recipe on tiny networks that lie beside its run."""
-    if recipe.task != "distill":
-        raise RecipeError(f"--shrink rehearses distillations, not {recipe.task}; set its model's own sizes")
+def _shrunk(recipe: Any, options: argparse.Namespace) -> Any:
+    """The recipe on tiny networks; what it reads lies beside its run."""
     from distill.shrink import shrunk
 
-    return shrunk(recipe, run_folder(f"{recipe.name}-shrunk") / "inputs")
+    folder, beside = run_folder(f"{recipe.name}-shrunk") / "inputs", Path(options.recipe).parent
+    return shrunk(recipe, folder, beside, write=not options.dry_run, overrides=options.overrides)
 
 
 def run_folder(name: str) -> Path:

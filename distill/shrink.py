@@ -1,24 +1,33 @@
 """A recipe's rehearsal: the same classes, plan and files with tiny networks of random weights, on any machine.
 
     python -m distill.run recipes/sdxl-amd-4step.yaml --shrink iterations=2
+    python -m distill.run recipes/scenes-amd.yaml --shrink iterations=2
 
-Everything that would be downloaded is written as small files of the same formats beside the run, a teacher of the
-recipe's family and its rewards, and the recipe is pointed at them. Nothing else knows that it is a rehearsal: loading,
-phases, checkpoints and the student's folder go the way of the real run. Pictures and scores mean nothing.
+A recipe's own network gets few and narrow layers, its data are few, and what it reads is written in small beside the
+run. What would be downloaded (a teacher of its family, rewards, prompts, pictures) is made up in the same formats; what
+another recipe makes (a teacher, a reward, an autoencoder, text encoders, an earlier stage) is made by that recipe,
+shrunk as well and not trained. Nothing else knows that it is a rehearsal: loading, phases, checkpoints and the result's
+folder go the way of the real run. Pictures and scores mean nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -29,13 +38,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distill.config import DistillRecipe, FileData, RecipeError, SceneData, parse_recipe
+from distill.config import Base, DistillRecipe, FileData, RecipeError, SceneData, load_recipe, parse_recipe
 from distill.data.tokenizer import BEGIN, END, build_tokenizer
 from distill.families.load import FAMILIES
 from distill.families.published import PUBLISHED, USUAL, Configs, configs_of
 from distill.reward_names import parse_reward
+from distill.run import TASKS
 from distill.tasks.samples import PREVIEW_PROMPTS
+from distill.trainer import Trainer
 
+log = logging.getLogger(__name__)
+R = TypeVar("R", bound=Base)
+
+RECIPES = Path("recipes")
 MAX_TOKENS = 40
 SIDE = 32
 """Pixels of a shrunk picture or frame."""
@@ -75,6 +90,42 @@ _TINY_T5 = {
     "num_layers": 2,
     "feed_forward_proj": "gated-gelu",
 }
+_TOWER = {"width": 16, "layers": 2, "heads": 2}
+_SMALL: dict[str, dict[str, Any]] = {
+    "vae": {"model": {"block_out_channels": 8, "layers_per_block": 1, "norm_num_groups": 8}},
+    "video-vae": {"model": {"base_dim": 8, "res_blocks": 1}, "window": 5, "single_frames": 1, "crop": SIDE // 2},
+    "clip": {"vision": _TOWER, "text": _TOWER, "text_small": {**_TOWER, "width": 8}, "patch": 8, "projection": 16},
+    "text": {"tower": _TOWER},
+    "reward": {},
+    "latent-reward": {"width": 8, "stem_iterations": 1},
+    "video-reward": {"width": 8, "layers": 1, "projection": 8},
+    "labeller": {"width": 8},
+    "motion": {"width": 8},
+    "diffusion": {"sampling_steps": 2, "compile": False},
+    "distill": {
+        "fake_warmup": 0,
+        "compile": False,
+        "telemetry": {"every": None},
+        "regression": {"pairs": 8, "steps": 2},
+    },
+}
+"""What a rehearsal sets, by task; what is off in a recipe stays off, and a number for a list is each of its numbers."""
+_SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "sdxl": {
+        "unet": {
+            "block_out_channels": 16,
+            "layers_per_block": 1,
+            "transformer_layers": 1,
+            "head_dim": 8,
+            "norm_num_groups": 8,
+        }
+    },
+    "wan": {"transformer": {"width": 48, "layers": 2, "heads": 2, "feed_forward": 32}},
+    "sit": {"width": 16, "layers": 1, "heads": 2},
+}
+"""The same for the network of a teacher to be trained, by family."""
+_PARTS = ("clip", "vae", "text_encoder", "text_encoder_2", "decoder_of", "reward")
+"""Keys of a recipe and of its model that name folders of what another recipe makes."""
 
 
 def _tiny_text(vocabulary: dict[str, int]) -> dict[str, Any]:
@@ -257,33 +308,106 @@ def save_tiny_data(folder: Path) -> None:
         (folder / f"{i}.txt").write_text(prompt, encoding="utf-8")
 
 
-def shrunk(recipe: DistillRecipe, folder: Path) -> DistillRecipe:
-    """The recipe on tiny networks, whose files are written to ``folder`` where they are not there yet."""
-    if recipe.data == "digits" or not (recipe.family or recipe.teacher in PUBLISHED or Path(recipe.teacher).is_dir()):
-        raise RecipeError(f"teacher: {recipe.teacher!r} has no production family to shrink; name its family")
-    family, configs = configs_of(recipe.teacher, recipe.family)
-    configs = {**USUAL[family], **configs}
-    _once(folder / "teacher", lambda place: save_tiny_teacher(family, configs, place))
+# --- recipes and what they read -------------------------------------------------------------------------------------
+
+
+def shrunk(recipe: R, folder: Path, beside: Path = RECIPES, *, write: bool = True, overrides: Sequence[str] = ()) -> R:
+    """The recipe on tiny networks; what it reads is written to ``folder`` where it is not there yet.
+
+    beside: the folder of the recipes that make what this one reads; recipes/ is searched after it. write: False only
+    names what is read, but for a distillation, which cannot be planned without its teacher's configs. overrides: that
+    the recipe was loaded with; widths, depths and the like that they name stay.
+    Raises RecipeError for what no recipe makes and nothing can be made up for.
+    """
+    searched = tuple(_recipes_in(place) for place in dict.fromkeys((beside.resolve(), RECIPES.resolve())))
+    inputs = _Inputs(folder, folder / "recipes", searched, write or isinstance(recipe, DistillRecipe))
+    return _small(recipe, inputs, {override.partition("=")[0] for override in overrides})  # type: ignore[no-any-return]
+
+
+def _small(recipe: Any, inputs: _Inputs, kept: Set[str] = frozenset()) -> Any:
     tree = recipe.model_dump(mode="json")
-    tree |= {"name": f"{recipe.name}-shrunk", "output": f"{recipe.output}-shrunk", "teacher": str(folder / "teacher")}
-    tree |= {"size": None if family == "sit" else [SIDE, SIDE], "frames": 5 if family == "wan" else None}
+    _set(tree, _SMALL[recipe.task], kept)
+    tree |= {"name": f"{recipe.name}-shrunk", "output": f"{recipe.output}-shrunk"}
+    micro = min(recipe.accumulate, max(2, int(os.environ.get("WORLD_SIZE", "1"))))  # torchrun's: each rank needs one
+    tree |= {"accumulate": micro, "batch_size": micro * _rows(recipe)}
+    if isinstance(recipe.data, SceneData):
+        frames = recipe.data.frames
+        tree["data"] |= {"count": 8 if frames else 64, "size": SIDE, "frames": frames and min(frames, 9)}
+    if recipe.initialise_from:
+        tree["initialise_from"] = inputs.run(recipe.initialise_from) or recipe.initialise_from
+    model = tree.get("model", {})
+    for owner, prefix in ((tree, ""), (model, "model.")):
+        parts = {key: owner[key] for key in _PARTS if owner.get(key)}
+        owner |= {key: inputs.needed(prefix + key, value) for key, value in parts.items()}
+    if recipe.task == "diffusion":
+        _set(model, _SMALL_NETWORKS[recipe.model.family], kept, "model.")
+    if recipe.task == "distill":
+        _distil(recipe, tree, inputs)
+    return parse_recipe(tree, recipe.name)
+
+
+def _set(tree: dict[str, Any], small: dict[str, Any], kept: Set[str], within: str = "") -> None:
+    for key, value in small.items():
+        if not tree[key] or within + key in kept:
+            continue
+        if isinstance(value, dict):
+            _set(tree[key], value, kept, f"{within}{key}.")
+        else:
+            tree[key] = [value] * len(tree[key]) if isinstance(tree[key], list) else value
+
+
+def _rows(recipe: Base) -> int:
+    """Samples of a micro-batch."""
+    if isinstance(recipe, DistillRecipe):
+        return recipe.advantage.group if recipe.advantage else 1
+    return min(recipe.batch_size // recipe.accumulate, 8)
+
+
+def _distil(recipe: DistillRecipe, tree: dict[str, Any], inputs: _Inputs) -> None:
+    """Point a distillation at a teacher, at rewards and at files."""
+    folder, teacher = inputs.own, inputs.result("teacher", recipe.teacher)
+    if teacher:
+        _, configs = configs_of(teacher)
+        tree |= {"teacher": teacher, "size": None, "frames": None}
+    else:
+        family, configs = _published(recipe)
+        _once(folder / "teacher", lambda place: save_tiny_teacher(family, configs, place))
+        tree |= {"teacher": str(folder / "teacher")}
+        tree |= {"size": None if family == "sit" else [SIDE, SIDE], "frames": 5 if family == "wan" else None}
     if recipe.advantage:
-        tree["advantage"]["reward"] = _tiny_reward(recipe, recipe.advantage.reward, folder, 0, configs)
-    tree["heldout_rewards"] = [
-        _tiny_reward(recipe, name, folder, 1 + i, configs) for i, name in enumerate(recipe.heldout_rewards)
-    ]
+        named = [("advantage.reward", recipe.advantage.reward)]
+        named += [("heldout_rewards", name) for name in recipe.heldout_rewards]
+        ours = [_our_reward(key, name, inputs.needed if teacher else inputs.result) for key, name in named]
+        rewards = [ours[i] or _tiny_reward(recipe, name, folder, i, configs) for i, (_, name) in enumerate(named)]
+        tree["advantage"]["reward"], *tree["heldout_rewards"] = rewards
+    for key in ("regression", "foundation_gan"):
+        if tree[key] and tree[key]["features"]:
+            tree[key]["features"] = inputs.result(f"{key}.features", tree[key]["features"]) or tree[key]["features"]
     if isinstance(recipe.data, FileData):
         _once(folder / "data", save_tiny_data)
         pictures = str(folder / "data") if recipe.data.pictures else None
         tree["data"] |= {"prompts": str(folder / "data" / "prompts.txt"), "pictures": pictures}
-    elif isinstance(recipe.data, SceneData):
-        tree["data"] |= {"count": 64, "size": SIDE}
-    micro = min(recipe.accumulate, max(2, int(os.environ.get("WORLD_SIZE", "1"))))  # torchrun's: each rank needs one
-    tree |= {"accumulate": micro, "batch_size": micro * (recipe.advantage.group if recipe.advantage else 1)}
-    tree["telemetry"] |= {"every": None}
-    if recipe.regression:
-        tree["regression"] |= {"pairs": 8, "steps": 2}
-    return parse_recipe(tree, recipe.name)  # type: ignore[no-any-return]
+
+
+def _published(recipe: DistillRecipe) -> tuple[str, Configs]:
+    """Family and configs of a teacher that no recipe makes. Raises RecipeError for one of no production family."""
+    known = recipe.family or recipe.teacher in PUBLISHED or Path(recipe.teacher).is_dir()
+    if recipe.data == "digits" or not known:
+        raise RecipeError(
+            f"teacher: no recipe here makes {recipe.teacher!r}, and it has no production family to shrink; put the "
+            "recipe that makes it beside this one, or name its family"
+        )
+    family, configs = configs_of(recipe.teacher, recipe.family)
+    return family, {**USUAL[family], **configs}
+
+
+def _our_reward(key: str, name: str, find: Callable[[str, str], str | None]) -> str | None:
+    """What stands for a reward in a folder, as ``find`` finds it; None for a published one."""
+    try:
+        kind, folder = parse_reward(name)
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}") from None
+    return None if kind else find(key, folder)
 
 
 def _tiny_reward(recipe: DistillRecipe, name: str, folder: Path, seed: int, configs: Configs) -> str:
@@ -305,9 +429,116 @@ def _once(place: Path, write: Callable[[Path], None]) -> None:
     if place.is_dir():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place.parent))
-    write(temporary)
+    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+        whole = Path(temporary) / place.name
+        whole.mkdir()
+        write(whole)
+        with contextlib.suppress(OSError):
+            whole.rename(place)
+
+
+# --- what other recipes make -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a shrunk recipe reads.
+
+    own: folder of what is made up for it; made: of what other recipes make, each once for a whole chain; searched:
+    those recipes as they are written, by file, of each folder in turn; chain: names of those that are being made.
+    """
+
+    own: Path
+    made: Path
+    searched: tuple[dict[Path, dict[str, Any]], ...]
+    write: bool
+    chain: tuple[str, ...] = ()
+
+    def result(self, key: str, value: str) -> str | None:
+        """What stands for a folder in a recipe's output; None if no recipe makes it."""
+        folder = Path(value).absolute()
+
+        def makes(tree: dict[str, Any]) -> bool:
+            again = any(tree.get(key) == tree["output"] for key in _PARTS)  # a second stage, which reads a first one's
+            return not again and folder.is_relative_to(Path(tree["output"]).absolute())
+
+        found = self._maker(key, value, makes)
+        if found is None:
+            return None
+        path, tree = found
+        return str(self._make(path) / "result" / folder.relative_to(Path(tree["output"]).absolute()))
+
+    def needed(self, key: str, value: str) -> str:
+        """As result. Raises RecipeError where it is None."""
+        found = self.result(key, value)
+        if found is None:
+            raise RecipeError(
+                f"{key}: no recipe here makes {value!r}, so nothing small can stand for it; put the recipe that makes "
+                "it beside this one, or name a folder that a recipe makes"
+            )
+        return found
+
+    def run(self, value: str) -> str | None:
+        """What stands for the folder of another recipe's run; None if no recipe has its name."""
+        found = self._maker("initialise_from", value, lambda tree: tree.get("name") == Path(value).name)
+        return str(self._make(found[0]) / "run") if found else None
+
+    def _maker(
+        self, key: str, value: str, makes: Callable[[dict[str, Any]], bool]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """The recipe of the first folder that has one. Raises RecipeError if it has several."""
+        for recipes in self.searched:
+            found = [(path, tree) for path, tree in recipes.items() if makes(tree)]
+            if len(found) > 1:
+                names = " and ".join(path.name for path, _ in found)
+                raise RecipeError(f"{key}: {value!r} is made by {names}; give each a name and an output of its own")
+            if found:
+                return found[0]
+        return None
+
+    def _make(self, path: Path) -> Path:
+        """The folder with what a recipe leaves, shrunk: its run in run/, its output in result/."""
+        recipe: Base = load_recipe(path)
+        chain = (*self.chain, recipe.name)
+        if recipe.name in self.chain:
+            raise RecipeError(f"{path}: {' reads what is made by '.join(chain)}; one of them must not read another")
+        place = self.made / recipe.name
+        if self.write:
+            _once(place, lambda target: _untrained(recipe, target, replace(self, own=target / "inputs", chain=chain)))
+        return place
+
+
+def _recipes_in(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The recipes of a folder as they are written; a file that is none makes nothing."""
+    loader, found = getattr(yaml, "CSafeLoader", yaml.SafeLoader), {}  # the same ten times as fast
+    for path in sorted(folder.glob("*.yaml")):
+        with contextlib.suppress(yaml.YAMLError):
+            tree = yaml.load(path.read_text(), loader)
+            if isinstance(tree, dict) and isinstance(tree.get("output"), str):
+                found[path] = tree
+    return found
+
+
+def _untrained(recipe: Any, place: Path, inputs: _Inputs) -> None:
+    """What a shrunk recipe leaves, with the weights that it starts from; its scores are not told."""
+    log.info("%s makes what is read: shrunk, and not trained", recipe.name)
+    start = recipe.model_copy(update={"initialise_from": None})
+    with _alone(), torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
+        small = _small(start, inputs).model_copy(update={"output": str(place / "result")})
+        module, _, name = TASKS[small.task].partition(":")
+        trainer = Trainer(getattr(importlib.import_module(module), name)(small), place / "run", quiet=True)
+        trainer.save()
+        (place / "result").mkdir(exist_ok=True)
+        with trainer.averaged():
+            trainer.task.finish(place / "result")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Outside of torchrun's world, whose ranks each make what they read."""
+    size = os.environ.pop("WORLD_SIZE", None)
     try:
-        temporary.rename(place)
-    except OSError:
-        shutil.rmtree(temporary)
+        yield
+    finally:
+        if size is not None:
+            os.environ["WORLD_SIZE"] = size

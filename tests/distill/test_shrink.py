@@ -1,26 +1,31 @@
-"""Rehearsals: every production recipe does two iterations with tiny networks, from files to the student's folder."""
+"""Rehearsals: every recipe does two iterations with tiny networks, from what it reads to the folder of its result."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from diffusers import DiffusionPipeline
 
 from distill.bundle import Bundle
-from distill.config import RecipeError, load_recipe
+from distill.config import _CLASSES, DistillRecipe, load_recipe, parse_recipe
 from distill.data import cache
 from distill.families.load import load_teacher
 from distill.roles import ADAPTER
 from distill.run import main
-from distill.shrink import shrunk
+from distill.shrink import _SMALL, SIDE, shrunk
+from tests.distill.test_tasks import EMBEDDED, rehearsed
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PRODUCTION = sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.startswith(("scenes-", "digits-")))
+EVERY = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+PRODUCTION = [name for name in EVERY if name not in EMBEDDED]
 PIPELINES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd15": "StableDiffusionPipeline",
@@ -61,13 +66,30 @@ def rehearse(name: str, tmp_path: Path, overrides: list[str]) -> list[dict[str, 
     return lines
 
 
-@pytest.mark.parametrize("name", PRODUCTION)
-def test_every_production_recipe_does_two_iterations_when_shrunk(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in EMBEDDED else []) for name in EVERY]
+)
+def test_every_recipe_parses_dry_runs_and_does_two_iterations_when_shrunk(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe, lines = load_recipe(RECIPES / f"{name}.yaml"), rehearse(name, tmp_path, [])
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    if name in EMBEDDED:
+        folder = rehearsed(tmp_path_factory.getbasetemp())  # dry runs too; test_tasks.py says what they leave
+    else:
+        folder = tmp_path
+        assert main([str(RECIPES / f"{name}.yaml"), "--shrink", "--dry-run", "iterations=2"]) == 0
+        check_student(recipe, rehearse(name, tmp_path, []), tmp_path / "out-shrunk", caplog.text)
+    text = (folder / f"runs/{name}-shrunk/log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    losses = [value for line in lines for key, value in line.items() if key.endswith("/loss")]
+    assert len(losses) >= 2 and np.isfinite(losses).all()
+
+
+def check_student(recipe: DistillRecipe, lines: list[dict[str, Any]], folder: Path, warnings: str) -> None:
+    """A production recipe's own terms are in the log and its steps in the student's folder."""
     alone = recipe.advantage is not None and not recipe.heldout_rewards
-    assert ("trains and nothing is held out" in caplog.text) == alone
+    assert ("trains and nothing is held out" in warnings) == alone
     if recipe.advantage:
         assert all(abs(line["advantage"]) < 1 and line["reward_not_finite"] == 0 for line in lines)
         assert 0 < min(line["w_ess"] for line in lines) <= 1
@@ -77,7 +99,7 @@ def test_every_production_recipe_does_two_iterations_when_shrunk(
     if recipe.gan:
         assert all(line["discriminator/loss"] > 0 for line in lines)
 
-    manifest = Bundle.open(tmp_path / "out-shrunk").manifest
+    manifest = Bundle.open(folder).manifest
     assert sorted(manifest.samplers) == list(recipe.steps)
     if recipe.timesteps:
         assert manifest.samplers[1].timesteps == recipe.timesteps
@@ -134,9 +156,120 @@ def test_ranks_of_torchrun_each_get_a_micro_batch(tmp_path: Path, monkeypatch: p
     assert (small.accumulate, small.batch_size) == (8, 8)
 
 
-def test_what_cannot_be_shrunk_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(RECIPES / "digits-reward.yaml"), "--shrink"]) == 2
-    assert "--shrink rehearses distillations, not reward" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match="'models/digits-teacher' has no production family to shrink"):
-        shrunk(load_recipe(RECIPES / "digits-amd.yaml"), tmp_path)
+def own_recipes(folder: Path) -> Path:
+    """Recipes of somebody's own: a teacher and a reward of digits, and their student."""
+    folder.mkdir()
+    for name in ("teacher", "reward", "amd"):
+        text = (RECIPES / f"digits-{name}.yaml").read_text()
+        text = text.replace("models/", "own/").replace("bundles/", "own/").replace("digits-", "own-")
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "notes.yaml").write_text("no: [recipe")
+    return folder
+
+
+def test_what_own_recipes_read_is_made_by_their_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    amd = str(own_recipes(tmp_path / "experiments") / "amd.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert main([amd, "--shrink", "iterations=2", "--dry-run", "foundation_gan={features: own/own-reward}"]) == 0
+    tree = parse_recipe(yaml.safe_load(capsys.readouterr().out))
+    made = tmp_path / "runs/own-amd-shrunk/inputs/recipes"
+    assert tree.teacher == str(made / "own-teacher/result")
+    assert tree.advantage.reward == tree.foundation_gan.features == str(made / "own-reward/result")
+    stamps = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    assert main([amd, "--shrink", "iterations=2", "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == stamps
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experiments", "own", "runs"]
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["own-sit-shrunk"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["own-amd-shrunk"]
+    assert sorted(path.name for path in made.iterdir()) == ["own-reward", "own-teacher"]
+    source = Bundle.open(tmp_path / "own/own-sit-shrunk").manifest.provenance["teacher"]
+    assert source["digest"] == Bundle.open(made / "own-teacher/result").digest
+
+
+def test_a_recipe_elsewhere_finds_what_it_reads_in_ours(tmp_path: Path) -> None:
+    text = (RECIPES / "scenes-video-reward.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text.replace("scenes-video-reward", "own"))
+    small = shrunk(load_recipe(tmp_path / "own.yaml"), tmp_path / "inputs", tmp_path, write=False)
+    assert small.text_encoder == str(tmp_path / "inputs/recipes/scenes-umt5/result")
+
+
+def test_a_stage_starts_from_the_run_of_the_one_before(tmp_path: Path) -> None:
+    small = shrunk(load_recipe(RECIPES / "scenes-wan-teacher.yaml"), tmp_path, write=False)
+    made = tmp_path / "recipes"
+    assert small.initialise_from == str(made / "scenes-wan-stills/run")
+    assert small.model.vae == str(made / "scenes-video-vae/result")  # the first stage's: the second reads it too
+    clip = load_recipe(RECIPES / "scenes-teacher.yaml", ["model.text_encoder=bundles/scenes-sdxl/text_encoder"])
+    parts = shrunk(clip, tmp_path, write=False).model
+    assert parts.text_encoder == str(made / "scenes-amd/result/text_encoder")
+    assert parts.text_encoder_2 == str(made / "scenes-clip/result/text_encoder_2")
+
+
+def test_a_dry_run_of_what_is_no_distillation_writes_nothing(tmp_path: Path) -> None:
+    assert main([str(RECIPES / "scenes-wan-teacher.yaml"), "--shrink", "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_task_has_a_small_form() -> None:
+    assert _CLASSES.keys() <= _SMALL.keys()
+
+
+def test_what_is_off_stays_off_and_levels_stay(tmp_path: Path) -> None:
+    def small(name: str, *overrides: str) -> Any:
+        return shrunk(load_recipe(RECIPES / f"{name}.yaml", list(overrides)), tmp_path, write=False)
+
+    video = small("scenes-video-vae")
+    assert (video.single_frames, video.crop, video.window) == (1, SIDE // 2, 5)
+    video = small("scenes-video-vae", "single_frames=0", "crop=null")
+    assert (video.single_frames, video.crop, video.model.dim_mult) == (0, None, (1, 2, 4))
+    vae = small("scenes-vae", "model.block_out_channels=[64, 128, 256, 512]", "iterations=7", "batch_size=6")
+    assert (vae.model.block_out_channels, vae.iterations, vae.batch_size) == ((8,) * 4, 7, 6)
+    assert small("scenes-wan-stills").data.frames == 1 and small("scenes-wan-teacher").data.frames == 9
+
+
+def test_what_the_command_line_names_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["iterations=2", "compile=true", "model.transformer.layers=3", "sampling_steps=7"]
+    assert main([str(RECIPES / "scenes-wan-stills.yaml"), "--shrink", "--dry-run", *named]) == 0
+    recipe = parse_recipe(yaml.safe_load(capsys.readouterr().out))
+    assert (recipe.iterations, recipe.compile, recipe.sampling_steps) == (2, True, 7)
+    assert (recipe.model.transformer.layers, recipe.model.transformer.width) == (3, 48)
+
+
+def test_ranks_of_torchrun_make_what_they_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of which no second one answers
+    small = shrunk(load_recipe(RECIPES / "digits-dmd2.yaml", ["accumulate=4"]), tmp_path)
+    assert (small.accumulate, os.environ["WORLD_SIZE"]) == (2, "2")
+    assert Bundle.open(small.teacher).manifest.name == "digits-teacher-shrunk"
+
+
+def circle(folder: Path) -> Path:
+    """Two rewards that start from each other."""
+    text = (RECIPES / "scenes-reward.yaml").read_text()
+    for one, other in (("a", "b"), ("b", "a")):
+        recipe = text.replace("models/scenes-clip", other).replace("models/scenes-reward", one)
+        (folder / f"{one}.yaml").write_text(recipe.replace("scenes-reward", one))
+    return folder / "a.yaml"
+
+
+def test_what_cannot_be_shrunk_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(recipe: Path, *overrides: str) -> str:
+        assert main([str(recipe), "--shrink", *overrides]) == 2
+        return capsys.readouterr().err
+
+    amd = RECIPES / "digits-amd.yaml"
+    found = refused(amd, "teacher=nowhere")
+    assert "teacher: no recipe here makes 'nowhere', and it has no production family to shrink" in found
+    assert "put the recipe that makes it beside this one, or name its family" in found
+    assert "clip: no recipe here makes 'nowhere'" in refused(RECIPES / "scenes-reward.yaml", "clip=nowhere")
+    assert "model.vae: no recipe here makes 'x/y'" in refused(RECIPES / "scenes-teacher.yaml", "model.vae=x/y")
+    assert "advantage.reward: 'hpsv3' is no reward's name and no folder" in refused(amd, "advantage.reward=hpsv3")
+    assert "advantage.reward: no recipe here makes 'x/y'" in refused(amd, "advantage.reward=x/y")
+
+    a = circle(tmp_path)
+    message = f"{tmp_path}/b.yaml: b reads what is made by a reads what is made by b"
+    assert message in refused(a)
+    assert list((tmp_path / "runs/a-shrunk/inputs/recipes").iterdir()) == []
+    (tmp_path / "c.yaml").write_text((tmp_path / "b.yaml").read_text())
+    assert "clip: 'b' is made by b.yaml and c.yaml; give each a name and an output of its own" in refused(a)

@@ -1,9 +1,11 @@
-"""Every recipe of ours, cut down to two iterations, in the order of ``make models``; then export, and a picture."""
+"""Every recipe of the embedded models, rehearsed with ``--shrink``; then export, and a picture."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from distill.bundle import Bundle
 from distill.config import load_recipe
-from distill.data import cache
+from distill.data import cache as pictures
 from distill.export.__main__ import main as export
 from distill.families.load import clip_of
 from distill.families.sdxl import Sdxl
@@ -26,100 +28,86 @@ from distill.labeller import Labeller
 from distill.rewards import ClipReward, DigitClassifier, load_reward
 from distill.run import main
 from distill.sampling import student_table
+from distill.shrink import SIDE
 from distill.tasks.diffusion import sample
 from service.runtimes import generate, open_runtime
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"
-SHORT = ["iterations=2", "batch_size=8", "log_every=1", "save_every=2", "preview_every=2"]
-SCENES = ["data.count=64", "data.size=16"]
-CLIPS = ["data.count=8", "data.size=32", "data.frames=9"]
-STUDENT = ["fake_warmup=0", "fake_per_student=2"]
-WAN = [
-    "model.vae=MODELS/scenes-video-vae", "model.text_encoder=MODELS/scenes-umt5", "sampling_steps=2", "compile=false",
-    "model.transformer={width: 48, layers: 2, heads: 2, feed_forward: 32}",
-]  # fmt: skip
-CUTS: dict[str, list[str]] = {
-    "scenes-vae": ["model.block_out_channels=[8, 8, 8]", *SCENES],
-    "scenes-clip": [
-        "vision={width: 16, layers: 1, heads: 2}", "text={width: 16, layers: 2, heads: 2}",
-        "text_small={width: 8, layers: 2, heads: 2}", "projection=16", *SCENES,
-    ],
-    "scenes-reward": ["clip=MODELS/scenes-clip", *SCENES],
-    "scenes-labeller": ["width=8", *SCENES],
-    "scenes-teacher": [
-        "model.vae=MODELS/scenes-vae", "model.text_encoder=MODELS/scenes-clip/text_encoder",
-        "model.text_encoder_2=MODELS/scenes-clip/text_encoder_2", "sampling_steps=2",
-        "model.unet={block_out_channels: [16, 32], head_dim: 8, norm_num_groups: 8}", *SCENES,
-    ],
-    "scenes-video-vae": ["model={base_dim: 8, latent_channels: 4}", "window=5", *CLIPS],
-    "scenes-video-decoder": ["decoder_of=MODELS/scenes-video-vae", "window=5", *CLIPS],
-    "scenes-motion": ["width=8", *CLIPS],
-    "scenes-umt5": ["tower={width: 16, layers: 1, heads: 2}"],
-    "scenes-video-reward": ["text_encoder=MODELS/scenes-umt5", "width=8", "layers=1", "projection=8", *CLIPS],
-    "scenes-wan-stills": [*WAN, *CLIPS, "data.frames=1"],
-    "scenes-wan-teacher": [*WAN, *CLIPS, "initialise_from=MODELS/../runs/scenes-wan-stills"],
-    "scenes-wan-dmd2": ["teacher=MODELS/scenes-wan-teacher", "compile=false", *STUDENT, *CLIPS],
-    "scenes-wan-amd": [
-        "teacher=MODELS/scenes-wan-teacher", "advantage.reward=MODELS/scenes-video-reward", "compile=false",
-        *STUDENT, *CLIPS,
-    ],
-    "scenes-dmd2": ["teacher=MODELS/scenes-teacher", *STUDENT, *SCENES],
-    "scenes-amd": ["teacher=MODELS/scenes-teacher", "advantage.reward=MODELS/scenes-reward", *STUDENT, *SCENES],
-    "digits-reward": [],
-    "digits-teacher": ["model={family: sit, width: 16, layers: 1, heads: 2}", "sampling_steps=2"],
-    "digits-dmd2": ["teacher=MODELS/digits-teacher", *STUDENT],
-    "digits-amd": ["teacher=MODELS/digits-teacher", "advantage.reward=MODELS/digits-reward", *STUDENT],
+EMBEDDED = sorted(p.stem for p in RECIPES.glob("*.yaml") if p.stem.startswith(("scenes-", "digits-")))
+READ = {
+    "scenes-vae", "scenes-clip", "scenes-reward", "scenes-teacher", "scenes-video-vae", "scenes-umt5",
+    "scenes-video-reward", "scenes-wan-stills", "scenes-wan-teacher", "digits-reward", "digits-teacher",
 }  # fmt: skip
+"""What others start from."""
+
+
+@cache
+def rehearsed(base: Path) -> Path:
+    """A folder with results as models/<recipe>-shrunk, runs as runs/<recipe>-shrunk, and the inputs that they share.
+
+    base: pytest's own, the same for all test files, so that each recipe is rehearsed once.
+    """
+    root = base / "rehearsed"
+    (root / "inputs").mkdir(parents=True)
+    with in_folder(root):
+        for name in EMBEDDED:
+            run = root / f"runs/{name}-shrunk"
+            run.mkdir(parents=True)
+            (run / "inputs").symlink_to(root / "inputs")
+            arguments = [str(RECIPES / f"{name}.yaml"), "--shrink", "iterations=2", f"output={root}/models/{name}"]
+            assert main([*arguments, "--dry-run"]) == 0, name
+            assert main([*arguments, "--quiet", "log_every=1"]) == 0, name
+    return root
+
+
+@contextmanager
+def in_folder(root: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAPFROG_RUNS", str(root / "runs"))
+        patch.setattr(pictures, "CACHE", root / "cache")
+        yield
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the results as MODELS/<recipe> and the runs as runs/<recipe>."""
-    root = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAPFROG_RUNS", str(root / "runs"))
-        patch.setattr(cache, "CACHE", root / "cache")
-        for name, cuts in CUTS.items():
-            overrides = [f"output=MODELS/{name}", *SHORT, *cuts]
-            arguments = [text.replace("MODELS", str(root / "MODELS")) for text in overrides]
-            recipe = str(RECIPES / f"{name}.yaml")
-            assert main([recipe, "--dry-run", *arguments]) == 0, name
-            assert main([recipe, "--quiet", *arguments]) == 0, name
+    root = rehearsed(tmp_path_factory.getbasetemp())
+    with in_folder(root):
         yield root
 
 
 def lines(made: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (made / "runs" / name / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (made / f"runs/{name}-shrunk/log.jsonl").read_text().splitlines()]
 
 
-def test_no_recipe_is_left_out() -> None:
-    """Production recipes, all others, are rehearsed in test_shrink.py."""
-    assert CUTS.keys() == {path.stem for path in RECIPES.glob("*.yaml") if path.stem.startswith(("scenes-", "digits-"))}
+def test_what_others_start_from_is_made_once(made: Path) -> None:
+    assert {path.name for path in (made / "inputs").iterdir()} == {"recipes"}
+    assert {path.name for path in (made / "inputs/recipes").iterdir()} == READ
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_a_recipe_trains_and_leaves_what_it_should(made: Path, name: str) -> None:
     log = lines(made, name)
     assert [line["iteration"] for line in log] == [1, 2]
     losses = [value for line in log for key, value in line.items() if key.endswith("/loss")]
     assert len(losses) >= 2 and np.isfinite(losses).all()
-    assert np.asarray(Image.open(made / f"runs/{name}/previews/0000002.png")).std() > 0
-    assert (made / f"runs/{name}/checkpoints/step-0000002/state.safetensors").is_file()
-    assert load_recipe(made / f"runs/{name}/recipe.yaml").name == name
-    assert any((made / "MODELS" / name).rglob("*.safetensors"))
+    run = made / f"runs/{name}-shrunk"
+    assert np.asarray(Image.open(run / "previews/0000002.png")).std() > 0
+    assert (run / "checkpoints/step-0000002/state.safetensors").is_file()
+    assert load_recipe(run / "recipe.yaml").name == f"{name}-shrunk"
+    assert any((made / f"models/{name}-shrunk").rglob("*.safetensors"))
 
 
 def test_the_autoencoder_keeps_the_scale_of_its_latents(made: Path) -> None:
-    vae = AutoencoderKL.from_pretrained(made / "MODELS/scenes-vae", torch_dtype=torch.float32)
-    images = torch.from_numpy(np.array(cache.scene_images(9_001, 256, 16))).float() / 127.5 - 1
+    vae = AutoencoderKL.from_pretrained(made / "models/scenes-vae-shrunk", torch_dtype=torch.float32)
+    images = torch.from_numpy(np.array(pictures.scene_images(9_001, 256, SIDE))).float() / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
     assert float(latents.std()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_second_text_encoder_is_the_text_tower_of_the_clip(made: Path) -> None:
-    folder = made / "MODELS/scenes-clip"
+    folder = made / "models/scenes-clip-shrunk"
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -131,12 +119,13 @@ def test_the_second_text_encoder_is_the_text_tower_of_the_clip(made: Path) -> No
 
 
 def test_rewards_and_the_labeller_load_where_evaluation_looks(made: Path) -> None:
-    assert isinstance(load_reward(made / "MODELS/scenes-reward"), ClipReward)
-    digits = load_reward(made / "MODELS/digits-reward")
+    models = made / "models"
+    assert isinstance(load_reward(models / "scenes-reward-shrunk"), ClipReward)
+    digits = load_reward(models / "digits-reward-shrunk")
     assert isinstance(digits, DigitClassifier)
-    assert 0 <= json.loads((made / "MODELS/digits-reward/config.json").read_text())["accuracy"] <= 1
-    assert Labeller.load(made / "MODELS/scenes-labeller").width == 8
-    accuracy = json.loads((made / "MODELS/scenes-labeller/config.json").read_text())["accuracy"]
+    assert 0 <= json.loads((models / "digits-reward-shrunk/config.json").read_text())["accuracy"] <= 1
+    assert Labeller.load(models / "scenes-labeller-shrunk").width == 8
+    accuracy = json.loads((models / "scenes-labeller-shrunk/config.json").read_text())["accuracy"]
     assert accuracy.keys() == {"trained", "held_out"}
 
 
@@ -151,21 +140,22 @@ def test_amd_reads_its_reward_and_dmd2_has_none(made: Path, world: str) -> None:
 
 @pytest.mark.parametrize("world", ["scenes", "digits"])
 def test_students_are_bundles_of_their_steps(made: Path, world: str) -> None:
-    teacher = Bundle.open(made / f"MODELS/{world}-teacher")
-    assert set(teacher.manifest.samplers) == {1, 2, 4, 8}
+    teacher = Bundle.open(made / f"inputs/recipes/{world}-teacher/result")
+    trained = Bundle.open(made / f"models/{world}-teacher-shrunk")
+    assert set(teacher.manifest.samplers) == set(trained.manifest.samplers) == {1, 2, 4, 8}
     for method in ("amd", "dmd2"):
-        manifest = Bundle.open(made / f"MODELS/{world}-{method}").manifest
+        manifest = Bundle.open(made / f"models/{world}-{method}-shrunk").manifest
         assert (set(manifest.samplers), manifest.default_steps) == ({1, 2, 4}, 4)
         assert manifest.guidance.scale == 1.0 and teacher.manifest.guidance.scale > 1.0
-        assert manifest.provenance["recipe"]["name"] == f"{world}-{method}"
+        assert manifest.provenance["recipe"]["name"] == f"{world}-{method}-shrunk"
         assert manifest.provenance["teacher"]["digest"] == teacher.digest
-        assert manifest.sizes == ((16, 16),) if world == "scenes" else ((8, 8),)
+        assert manifest.sizes == (((SIDE, SIDE),) if world == "scenes" else ((8, 8),))
 
 
 @pytest.mark.parametrize("world", ["scenes", "digits", "scenes-wan"])
 def test_a_student_is_exported_and_served(made: Path, world: str) -> None:
     """From noise to pixels through ONNX as the service does it: the picture that torch computes."""
-    folder = made / f"MODELS/{world}-amd"
+    folder = made / f"models/{world}-amd-shrunk"
     assert export([str(folder), "--to", "onnx"]) == 0
     bundle = Bundle.open(folder)
     manifest = bundle.manifest

@@ -27,8 +27,9 @@ from distill.config import Base, Optimizer, load_recipe
 from distill.objectives.plan import Hook
 from distill.run import main
 from distill.tasks.distillation import DistillationTask
-from distill.telemetry.sink import grid
-from distill.trainer import Phase, Trainer, TrainingError, _check_patience, generator, schedule
+from distill.telemetry.clock import GpuClock
+from distill.telemetry.sink import Total, grid
+from distill.trainer import Phase, Trainer, TrainingError, _check_patience, _merged, generator, schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -693,6 +694,43 @@ def test_a_run_leaves_logs_previews_and_tensorboard(tmp_path: Path) -> None:
     assert (pictures[:, :12] == 35).all() and (pictures[:, 12:] == 0).all()
     (events,) = (tmp_path / "run/tensorboard").iterdir()
     assert b"a/loss" in events.read_bytes() and b"preview" in events.read_bytes()
+
+
+def test_a_run_logs_what_each_role_cost_by_the_clock_of_its_device(tmp_path: Path) -> None:
+    trainer(tmp_path / "cpu").run()
+    timed = trainer(tmp_path / "gpu")
+    timed.clock = GpuClock(Ticking)  # each event comes 2 ms after the one before
+    timed.run()
+    on_cpu, on_gpu = (
+        [json.loads(line) for line in (tmp_path / place / "run/log.jsonl").read_text().splitlines()]
+        for place in ("cpu", "gpu")
+    )
+    for line in on_cpu:
+        assert 0 < line["cpu_seconds/a"] <= line["cpu_seconds"] and line["cpu_seconds/b"] > 0
+        assert not [name for name in line if name.startswith("gpu_seconds")]
+    # Two iterations per interval; "b" trains in one of them. Three phases have six events, and one ends the interval.
+    costs = [{name: v for name, v in line.items() if name.startswith("gpu_seconds")} for line in on_gpu]
+    assert costs[1] == pytest.approx({"gpu_seconds/a": 0.004, "gpu_seconds/b": 0.002, "gpu_seconds": 0.014})
+    assert all("cpu_seconds" in line and "cpu_seconds/a" not in line for line in on_gpu)
+
+
+class Ticking:
+    now = 0.0
+
+    def record(self) -> None:
+        Ticking.now += 2.0
+        self.at = Ticking.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Ticking) -> float:
+        return later.at - self.at
+
+
+def test_ranks_that_share_a_sequence_say_its_loss_once_and_each_their_own_cost() -> None:
+    told = [{"loss": [0.5], "gpu_seconds/a": [Total(2.0 + rank)], "gpu_seconds": [Total(4.0)]} for rank in (0, 1)]
+    assert _merged(told, 2) == {"loss": [0.5], "gpu_seconds/a": [2.0, 3.0], "gpu_seconds": [4.0, 4.0]}
 
 
 def test_logged_losses_are_means_of_their_interval(tmp_path: Path) -> None:
