@@ -275,7 +275,7 @@ def test_a_young_fake_score_loses_what_adaptation_amplifies_unless_s_grows_with_
 
     After 180 steps 39 % of DMD2's particles are lost. Adaptation gives 1 + s times the guidance, and 1 − s times what
     grows against it, to those that are still near their class, the best of their groups, so that these leave too:
-    over 97 % in each of 96 seeds (with sharpening in nine of ten), where with a ramp that ends at 0.72·s it is 2 %.
+    over 96 % in each of 96 seeds (with sharpening in nine of ten), where with a ramp that ends at 0.72·s it is 2 %.
     To a fake score that learns twice per step none of this happens: 2 % without and 8 % with the ramp, 20 % of DMD2.
     The ramp must last as long as the youth: at half the learning rate AMD loses all in spite of it.
     Medians of seeds, since a single particle that the normaliser throws far may take the fake score with it.
