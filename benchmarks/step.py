@@ -125,7 +125,7 @@ class Ours:
         for decoding in (task, task.family):
             self._clock.timed(decoding, "decode", "decode")
         for judge in (task.reward, *task.heldout):
-            for method in ("score", "score_pixels"):
+            for method in ("score", "score_pixels", "score_latents"):
                 if hasattr(judge, method):
                     self._clock.timed(judge, method, "reward")
         plan = task.phases

@@ -52,6 +52,6 @@ def load_reward(name: str | Path) -> Any:
     if config.get("model_type") == "clip":
         return ClipReward.load(name)
     raise RecipeError(
-        f"{name} holds no reward; give a folder with a CLIPModel, a latent or video reward or a digit classifier, or a "
-        "known name"
+        f"{name} holds no reward; give a folder with a CLIPModel, a video reward, a latent reward or a digit "
+        "classifier, or a known name"
     )

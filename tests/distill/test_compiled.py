@@ -55,7 +55,8 @@ def test_a_recipe_compiles_its_roles(tmp_path: Path) -> None:
     states = []
     for compiles in ("false", "true"):
         words = ["precision=float32", "fake_per_student=1", "fake_warmup=0", f"compile={compiles}"]
-        recipe = shrunk(load_recipe(ROOT / "recipes/wan-1.3b-amd-4step.yaml", words), tmp_path / "inputs")
+        given = load_recipe(ROOT / "recipes/wan-1.3b-amd-4step.yaml", words)
+        recipe = shrunk(given, tmp_path / "inputs", overrides=words)
         made = Trainer(DistillationTask(recipe), tmp_path / compiles, quiet=True)
         blocks = [m for network in made.task.networks() for m in network.modules() if isinstance(m, made.task.blocks())]
         assert all((m._compiled_call_impl is not None) == (compiles == "true") for m in blocks)
