@@ -26,7 +26,7 @@ from tests.distill.rewards.test_hpsv2 import OpenClip
 def test_folders_without_a_reward_are_refused(tmp_path: Path, config: dict[str, Any] | None) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds no reward; give a folder with a CLIPModel, a video reward, a latent reward"):
+    with pytest.raises(ValueError, match="holds no reward; give a folder with a CLIPModel, a video reward, a latent"):
         load_reward(tmp_path)
 
 
