@@ -17,6 +17,8 @@ KINDS = {
     "videoalign": "VideoAlign's human preferences on Qwen2-VL",
 }
 """Published rewards by name, with what each has learned from."""
+LATENT_KIND = "latent-reward"
+"""Of a folder of ours that holds a reward of latents, in its config.json."""
 
 
 def parse_reward(name: str) -> tuple[str | None, str]:
@@ -35,7 +37,7 @@ def reads_latents(name: str) -> bool:
     """Whether a name is the folder of a reward of latents (distill.rewards.latent), for which nothing is decoded."""
     kind, source = parse_reward(name)
     config = Path(source) / "config.json"
-    return kind is None and config.is_file() and json.loads(config.read_text()).get("kind") == "latent-reward"
+    return kind is None and config.is_file() and json.loads(config.read_text()).get("kind") == LATENT_KIND
 
 
 def overlaps(train: str, heldout: Sequence[str]) -> list[str]:

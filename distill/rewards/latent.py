@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from distill.config import RecipeError
+from distill.reward_names import LATENT_KIND
 from distill.rewards.base import check_counts
 from distill.rewards.clip import clip_cosine
 from distill.rewards.weights import weights_digest
-
-KIND = "latent-reward"
 
 
 class LatentStem(nn.Module):
@@ -139,7 +138,7 @@ class LatentReward:
         state = {name: value.half().contiguous() for name, value in self.clip.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         config = {
-            "kind": KIND,
+            "kind": LATENT_KIND,
             "width": self.clip.vision_model.embeddings.patch_embedding.patches.in_channels,
             "factor": self.factor,
             "scaling_factor": self.scale,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import RecipeError
-from distill.reward_names import parse_reward
+from distill.reward_names import LATENT_KIND, parse_reward
 from distill.rewards.clip import ClipReward, load_clip_score, load_pickscore
 from distill.rewards.digits import DigitClassifier
 from distill.rewards.dinov2 import load_dinov2
@@ -47,7 +47,7 @@ def load_reward(name: str | Path) -> Any:
         return DigitClassifier.load(name)
     if config.get("kind") == "video-reward":
         return VideoReward.load(name)
-    if config.get("kind") == "latent-reward":
+    if config.get("kind") == LATENT_KIND:
         return LatentReward.load(name)
     if config.get("model_type") == "clip":
         return ClipReward.load(name)
