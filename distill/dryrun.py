@@ -25,7 +25,7 @@ from distill.costs import Cost, count, pass_cost
 from distill.families.load import FAMILIES, options_for, with_grid
 from distill.families.published import configs_of
 from distill.objectives.gan import Head
-from distill.parallel.context import check_sequence
+from distill.parallel.context import check_sequence, check_tokens
 from distill.reward_names import parse_reward, reads_latents
 
 REWARD_PARAMETERS = {
@@ -248,6 +248,7 @@ def plan(recipe: DistillRecipe, machine: Machine | None = None) -> Plan:
     if recipe.parallel.context > 1:
         try:
             check_sequence(network, recipe.parallel.context)
+            check_tokens(network, x, recipe.parallel.context)
         except ValueError as error:
             raise RecipeError(str(error)) from None
     network.train().requires_grad_(True)

@@ -133,7 +133,7 @@ def exchanges(counted: Plan, micros: int, links: Links) -> tuple[float, float]:
     blocks = micros * counted.blocks * sum(p.often * p.runs for p in counted.passes)
     samples = recipe.batch_size // recipe.accumulate
     values = 2 if recipe.precision == "bfloat16" else 4
-    size = (ranks - 1) / ranks * (8 + 2 * values) * samples * counted.sequence / ranks
+    size = (ranks - 1) / ranks * 4 * values * samples * counted.sequence / ranks
     speed = (links.nvlink if ranks <= links.machine else links.network) * 1e9
     return blocks * size, blocks * (4 * (ranks - 1) * links.latency + size / speed)
 

@@ -102,7 +102,7 @@ def test_ranks_that_share_a_sample_hold_a_part_of_it_and_exchange_the_rest() -> 
     assert alone.exchanged == 0 and parted.memory < alone.memory and parted.talking > alone.talking
     assert (alone.micros, parted.micros) == (2, 8) and parted.computing == pytest.approx(alone.computing)
     runs = sum(p.often * p.runs for p in one.passes)
-    assert parted.exchanged == pytest.approx(8 * 30 * runs * 3 / 4 * 12 * 4 * one.sequence / 4)
+    assert parted.exchanged == pytest.approx(8 * 30 * runs * 3 / 4 * 8 * 4 * one.sequence / 4)
     assert any("8 GPUs of which 3 share a sample" in line for line in _missing(_context(recipe, 3), Machine()))
 
 
