@@ -31,7 +31,7 @@ from service.jobs import Job, JobStore, Order, StoreError
 from service.loras import Loras
 from service.preview import preview
 from service.registry import Model, Registry
-from service.rows import DeadlineExceeded, EngineClosed, OutOfMemory, QueueFull
+from service.rows import DeadlineExceeded, EngineClosed, OnStage, OutOfMemory, QueueFull
 from service.runtimes.base import Floats
 from service.scheduler import RANK
 from service.settings import Settings
@@ -69,6 +69,8 @@ class Take:
     job: Job
     model: Model
     plan: VideoPlan
+    on_stage: OnStage | None = None
+    """The trace of the request for it; a job that outlived its process has none."""
     filming: Filming | None = None
     """None while it waits in the store's queue."""
     steps_done: int = 0
@@ -168,8 +170,11 @@ class Studio:
 
     # --- what callers do; every one of these may wait for the disk, so call it in a thread ---------------------------
 
-    def add(self, model: Model, plan: VideoPlan, owner: str) -> Job:
-        """A new job, kept before this returns. Raises ApiError when there is no place for it."""
+    def add(self, model: Model, plan: VideoPlan, owner: str, on_stage: OnStage | None = None) -> Job:
+        """A new job, kept before this returns. Raises ApiError when there is no place for it.
+
+        on_stage: hears of its stages, as Filming's does.
+        """
         store = self.store
         if self._closing.is_set():
             raise errors.unavailable("the server is shutting down", "draining", retry_after_s=5)
@@ -183,7 +188,7 @@ class Studio:
             except (OSError, sqlite3.Error) as error:
                 logger.error("no video job can be kept: %s", error)
                 raise errors.unavailable("the server's disk is full; try again later", "storage_full") from None
-            self._takes[job.id] = take = Take(job, model, plan)
+            self._takes[job.id] = take = Take(job, model, plan, on_stage)
             take.tell("queued")
             metrics.UNFINISHED_VIDEOS.set(len(self._takes))
         self._feed()
@@ -328,6 +333,7 @@ class Studio:
             worn=self._loras.resolve(take.model, take.plan.loras),
             on_begin=begin,
             on_step=step,
+            on_stage=take.on_stage,
         )
 
     def _enter(self, what: Callable[..., None], *values: Any) -> None:

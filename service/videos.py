@@ -141,13 +141,16 @@ def plan_of(hub: Hub, asked: VideoRequest) -> tuple[Model, VideoPlan]:
 
 async def create_job(hub: Hub, request: Request) -> Response:
     """POST /v1/videos: once per Idempotency-Key if there is one."""
+    state: RequestState = request.scope[STATE]
     with counted(hub):
         asked, body = await read(request)
         model, plan = plan_of(hub, asked)
         owner, key = owner_of(request), request.headers.get("idempotency-key")
 
         async def work(_: Gone) -> Response:
-            return await as_job(hub, await asyncio.to_thread(hub.studio.add, model, plan, owner))
+            trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
+            on_stage = None if trace is None else trace.stage
+            return await as_job(hub, await asyncio.to_thread(hub.studio.add, model, plan, owner, on_stage))
 
         if key is None:
             return await work(request.is_disconnected)

@@ -5,7 +5,7 @@
     scaled_dot_product_attention   It scales queries and keys, each by √scale, and turns keys by way of three axes,
                                    whose sides it asks for at run time.
 
-On two cores of an EPYC a step of scenes-sdxl takes 0.88 of the time without them, its decoder 0.86 (docs/export.md).
+Together they take a tenth off a step of scenes-sdxl (docs/export.md).
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class OnnxGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # A thread that sleeps between two nodes wakes up late: a picture takes a quarter longer. One that waits actively
-        # beyond them would take its core from the threads of HTTP and encoding.
+        # A thread that sleeps between two nodes wakes up late: a picture takes a quarter longer. One that waits
+        # actively beyond them would take its core from the threads of HTTP and encoding.
         options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3

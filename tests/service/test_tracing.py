@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from tests.service.conftest import REPOSITORY, Server, serve
 PROMPT = "a large red metal cube"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 UNTRACED = "4bf92f3577b34da6a3ce929d0e0e4736"
-CLIP = "11111111111111111111111111111111"
+CLIP, JOB = "1" * 32, "2" * 32
 
 
 class Collector(ThreadingHTTPServer):
@@ -111,6 +112,13 @@ def post(server: Server, path: str, trace: str, sampled: bool = True, **body: ob
     return answer
 
 
+def finish(server: Server, job: str) -> None:
+    deadline = time.monotonic() + 30
+    while (status := httpx.get(f"{server.url}/v1/videos/{job}").json()["status"]) != "completed":
+        assert status in ("queued", "in_progress") and time.monotonic() < deadline, status
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_collector_sees_where_the_time_of_a_request_went(
     collector: Collector, tiny_bundle: Path, tiny_video_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -123,6 +131,7 @@ def test_a_collector_sees_where_the_time_of_a_request_went(
         answer = post(server, images, TRACE, prompt=PROMPT, n=2, steps=2, seed=7)
         post(server, images, UNTRACED, sampled=False, prompt=PROMPT, steps=1)
         post(server, "/v1/videos/sync", CLIP, prompt=PROMPT, steps=2)
+        finish(server, post(server, "/v1/videos", JOB, prompt=PROMPT, steps=2).json()["id"])
         assert collector.bodies == []
     spans, timings = collector.spans(TRACE), answer.json()["metrics"]
 
@@ -147,8 +156,12 @@ def test_a_collector_sees_where_the_time_of_a_request_went(
     batches = {about(span)["leapfrog.rows"] for span in stages if span.name == "denoise"}
     assert max(int(rows) for rows in batches) == timings["batch"]
 
-    clip = Counter(span.name for span in collector.spans(CLIP) if "leapfrog.row" in about(span))
-    assert clip == {"queue": 1, "encode_text": 1, "denoise": 2, "decode": 1, "encode_video": 1}
+    for trace in (CLIP, JOB):
+        [request] = [span for span in collector.spans(trace) if span.kind == Span.SPAN_KIND_SERVER]
+        stages = [span for span in collector.spans(trace) if "leapfrog.row" in about(span)]
+        names = {"queue": 1, "encode_text": 1, "denoise": 2, "decode": 1, "encode_video": 1}
+        assert Counter(span.name for span in stages) == names
+        assert {span.parent_span_id for span in stages} == {request.span_id}
 
     assert collector.services() == {"leapfrog"}
     assert collector.spans(UNTRACED) == []
