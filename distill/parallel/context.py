@@ -32,17 +32,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from distill.parallel.device import device
+
 _MESHES: WeakKeyDictionary[nn.Module, DeviceMesh] = WeakKeyDictionary()
 """The ranks that share a network's sequence."""
 
 
 def context_groups(ranks: int) -> DeviceMesh:
     """Groups of ``ranks`` consecutive ranks; the one of this rank. All ranks of the run must call it."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    every = init_device_mesh(
-        kind, (dist.get_world_size() // ranks, 1, ranks), mesh_dim_names=("groups", "ring", "ulysses")
-    )
-    return every["ring", "ulysses"]
+    shape, names = (dist.get_world_size() // ranks, 1, ranks), ("groups", "ring", "ulysses")
+    return init_device_mesh(device().type, shape, mesh_dim_names=names)["ring", "ulysses"]
 
 
 def share_sequence(network: nn.Module, group: DeviceMesh) -> None:
@@ -58,7 +57,7 @@ def share_sequence(network: nn.Module, group: DeviceMesh) -> None:
     shared.set_attention_backend("native")
     config = ContextParallelConfig(ulysses_degree=ranks, mesh=group)
     parallel = ParallelConfig(context_parallel_config=config)
-    parallel.setup(dist.get_rank(), dist.get_world_size(), next(network.parameters()).device, mesh=group)
+    parallel.setup(dist.get_rank(), dist.get_world_size(), device(), mesh=group)
     for attention in (block.attn1 for block in shared.blocks):
         attention.processor._parallel_config = parallel
         for norm in (attention.norm_q, attention.norm_k):
