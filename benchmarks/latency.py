@@ -3,8 +3,9 @@
     python -m benchmarks.latency bundles/scenes-sdxl --requests 100
     python -m benchmarks.latency bundles/scenes-wan --requests 30        # clips: the first preview as well
 
-The bare runtime runs in this process before the server starts, with the same threads, prompts, seeds and steps. The
-result is printed and written beside this file as JSON.
+The two take turns, one picture each, with the same threads, prompts, seeds and steps, so that a machine whose speed
+changes changes both; what the service adds is the median over pairs. The bare runtime is in this process. The result is
+printed and written beside this file as JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from service.runtimes import generate, open_runtime
 
 PROMPT = "a large red metal sphere left of a small blue rubber sphere"
 _READY_TIMEOUT_S = 120.0
+WARM = 3
+"""Pairs that come first and are not counted."""
 _COLD = """
 import sys
 from pathlib import Path
@@ -48,17 +53,6 @@ def quantiles(milliseconds: list[float]) -> dict[str, float]:
     return {"n": len(milliseconds), "p50_ms": round(p50, 2), "p90_ms": round(p90, 2), "p99_ms": round(p99, 2)}
 
 
-def time_runtime(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str, float]:
-    """The floor: text, steps and decoding of one picture or clip, without HTTP and without PNG or MP4."""
-    runtime = open_runtime(bundle, threads=threads, max_batch=1)
-    times = []
-    for seed in range(count + 3):
-        start = time.perf_counter()
-        generate(runtime, bundle.manifest, [PROMPT], seeds=[seed], steps=steps)
-        times.append((time.perf_counter() - start) * 1e3)
-    return quantiles(times[3:])
-
-
 def time_cold_start(bundle: Bundle, steps: int, threads: int, count: int = 3) -> float:
     """Median seconds of a process that opens the bundle, checks its hashes, loads its engines and makes one thing."""
     words = [str(bundle.path), str(threads), PROMPT, str(steps)]
@@ -70,8 +64,44 @@ def time_cold_start(bundle: Bundle, steps: int, threads: int, count: int = 3) ->
     return round(float(np.median(times)), 2)
 
 
-def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, Any]:
-    """End to end: a request over HTTP until its PNG or MP4 is here; each prompt is new, so nothing is cached."""
+def time_both(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str, Any]:
+    """The floor and the service in turns.
+
+    runtime: text, steps and decoding of one picture or clip, without HTTP and without PNG or MP4. service: a request
+    over HTTP until its PNG or MP4 is here; each prompt is new, so nothing is cached.
+    """
+    runtime = open_runtime(bundle, threads=threads, max_batch=1)
+    ask = _clip if bundle.manifest.task == "text-to-video" else _picture
+    bare, wholes, previews = [], [], []
+    with _serving(bundle) as (url, ready_s):
+        for seed in range(count + WARM):
+            start = time.perf_counter()
+            generate(runtime, bundle.manifest, [PROMPT], seeds=[seed], steps=steps)
+            bare.append((time.perf_counter() - start) * 1e3)
+            whole, preview = ask(url, bundle.manifest.name, steps, seed)
+            wholes.append(whole)
+            previews += [] if preview is None else [preview]
+    bare, wholes, previews = bare[WARM:], wholes[WARM:], previews[WARM:]
+    previewed = {"first_preview": quantiles(previews)} if previews else {}
+    return {
+        "runtime": quantiles(bare),
+        "service": quantiles(wholes) | {"ready_s": round(ready_s, 2)} | previewed,
+        **paired(bare, wholes),
+    }
+
+
+def paired(bare: list[float], service: list[float]) -> dict[str, float]:
+    """Medians over pairs of milliseconds of what the service takes over the bare runtime."""
+    ratio = np.median(np.divide(service, bare))
+    return {
+        "ratio_p50": round(float(ratio), 3),
+        "overhead_p50_ms": round(float(np.median(np.subtract(service, bare))), 2),
+    }
+
+
+@contextmanager
+def _serving(bundle: Bundle) -> Iterator[tuple[str, float]]:
+    """The service's address, and the seconds until it was ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,15 +118,10 @@ def time_service(bundle: Bundle, steps: int, count: int) -> dict[str, Any]:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(url)
-            ready_s = time.perf_counter() - started
-            ask = _clip if bundle.manifest.task == "text-to-video" else _picture
-            times = [ask(url, bundle.manifest.name, steps, seed) for seed in range(count + 3)]
+            yield url, time.perf_counter() - started
         finally:
             server.terminate()
             server.wait(30)
-    wholes, previews = zip(*times[3:], strict=True)
-    previewed = {} if None in previews else {"first_preview": quantiles(list(previews))}
-    return quantiles(list(wholes)) | {"ready_s": round(ready_s, 2)} | previewed
 
 
 def _wait_until_ready(url: str) -> None:
@@ -160,11 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": threads,
         "processor": processor(),
         "cold_start_s": time_cold_start(bundle, options.steps, threads),
-        "runtime": time_runtime(bundle, options.steps, options.requests, threads),
-        "service": time_service(bundle, options.steps, options.requests),
+        **time_both(bundle, options.steps, options.requests, threads),
     }
-    result["ratio_p50"] = round(result["service"]["p50_ms"] / result["runtime"]["p50_ms"], 3)
-    result["overhead_p50_ms"] = round(result["service"]["p50_ms"] - result["runtime"]["p50_ms"], 2)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
