@@ -96,7 +96,7 @@ class DiffusionTask:
             compile_blocks([self.network], self.family.wrap_plan())
         self.roles: dict[str, nn.Module] = {"teacher": self.network}
         self.optimizers = {"teacher": recipe.optimizer}
-        self.samples = samples_for(recipe.data, recipe.seed, self.family)
+        self.samples = samples_for(recipe.data, recipe.seed, self.family, recipe.precision)
 
     def phases(self, iteration: int) -> list[Phase]:
         return [Phase("teacher", lambda micro: self._loss(iteration, micro))]

@@ -79,7 +79,7 @@ class DistillationTask:
         self.teacher, self.student, self.fake = self.held.teacher, self.held.student, self.held.fake
         self.roles: dict[str, nn.Module] = {"student": self.student, "fake": self.fake}
         self.optimizers = {"student": recipe.student, "fake": recipe.fake}
-        self.samples = samples_for(recipe.data, recipe.seed, self.family)
+        self.samples = samples_for(recipe.data, recipe.seed, self.family, recipe.precision)
         self.reward = self._judge(recipe.advantage.reward) if recipe.advantage else None
         self.heldout = [self._judge(name) for name in recipe.heldout_rewards]
         small = recipe.advantage.decoder if recipe.advantage else None

@@ -60,10 +60,13 @@ class Samples(Protocol):
 
 
 class SceneSamples:
-    """Scenes of trained combinations, still or moving; each gets a new caption each time it is drawn."""
+    """Scenes of trained combinations, still or moving; each gets a new caption each time it is drawn.
 
-    def __init__(self, data: SceneData, seed: int, family: Any) -> None:
-        self.data, self.seed, self.family = data, seed, family
+    precision: of the autoencoder, once for all latents.
+    """
+
+    def __init__(self, data: SceneData, seed: int, family: Any, precision: str = "bfloat16") -> None:
+        self.data, self.seed, self.family, self.precision = data, seed, family, precision
         self._latents: NDArray[np.generic] | None = None
 
     def conditions(self, iteration: int, micro: int, size: int) -> list[str]:
@@ -108,12 +111,13 @@ class SceneSamples:
         digest = hashlib.sha256(b"".join(v.float().cpu().numpy().tobytes() for v in parts)).hexdigest()[:10]
 
         def fill(start: int, stop: int) -> NDArray[np.generic]:
-            with autocast("bfloat16"):
+            with autocast(self.precision):
                 latents = self.family.encode_images(to_float(images[start:stop]).to(self.family.device))
             return latents.half().cpu().numpy()  # type: ignore[no-any-return]
 
         clip = f"-{data.frames}" if data.frames else ""
-        name = f"latents-{data.seed}-{data.count}{clip}-{data.size}-{digest}"
+        full = "-float32" if self.precision == "float32" else ""
+        name = f"latents-{data.seed}-{data.count}{clip}-{data.size}-{digest}{full}"
         shape = (data.count, *self.family.latent_shape())
         return cached_array(name, shape, np.float16, fill, chunk=8 if data.frames else 256)
 
@@ -154,8 +158,11 @@ class LabelSamples:
         return [i * self.classes // 8 for i in range(8)]
 
 
-def samples_for(data: SceneData | FileData | str, seed: int, family: Any) -> Samples:
-    """The samples that a recipe names. Raises RecipeError for prompts where labels are read, or labels for prompts."""
+def samples_for(data: SceneData | FileData | str, seed: int, family: Any, precision: str = "bfloat16") -> Samples:
+    """The samples that a recipe names. Raises RecipeError for prompts where labels are read, or labels for prompts.
+
+    precision: in which latents of scenes are encoded; processors without bfloat16 take fifty times as long for it.
+    """
     reads_labels, gives_labels = hasattr(family, "classes"), data in ("labels", "digits")
     if gives_labels and not reads_labels:
         raise RecipeError(f"data is {data}, and the {family.name} family reads prompts; name data.prompts")
@@ -166,4 +173,7 @@ def samples_for(data: SceneData | FileData | str, seed: int, family: Any) -> Sam
         return FileSamples(data, seed, family)
     if data == "labels":
         return LabelSamples(seed, family.classes)
-    return DigitSamples(seed) if data == "digits" else SceneSamples(data, seed, family)  # type: ignore[arg-type]
+    if data == "digits":
+        return DigitSamples(seed)
+    assert isinstance(data, SceneData)
+    return SceneSamples(data, seed, family, precision)

@@ -66,7 +66,7 @@ def test_labels_are_drawn_alike_and_have_no_pictures() -> None:
         samples.batch(0, 0, 4)
 
 
-def test_latents_are_encoded_again_for_another_encoder_and_not_for_another_decoder(
+def test_latents_are_encoded_again_for_another_encoder_or_precision_and_not_for_another_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "CACHE", tmp_path)
@@ -85,8 +85,8 @@ def test_latents_are_encoded_again_for_another_encoder_and_not_for_another_decod
     family = Family()
     family.vae = vae
 
-    def files() -> int:
-        SceneSamples(SceneData(count=4, size=16), 0, family).batch(0, 0, 2)
+    def files(precision: str = "bfloat16") -> int:
+        SceneSamples(SceneData(count=4, size=16), 0, family, precision).batch(0, 0, 2)
         return len(list(tmp_path.glob("latents-*")))
 
     assert files() == 1
@@ -96,3 +96,4 @@ def test_latents_are_encoded_again_for_another_encoder_and_not_for_another_decod
     with torch.no_grad():
         vae.encoder.conv_in.weight.add_(1.0)
     assert files() == 2
+    assert files("float32") == 3 and files("float32") == 3
