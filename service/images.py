@@ -103,7 +103,7 @@ class Drawing:
         self.id = f"img_{secrets.token_hex(12)}"
         self.begun = time.perf_counter()
         self._worn = hub.loras.resolve(model, plan.loras)
-        self._trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, len(plan.seeds))
+        self._on_stage = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, len(plan.seeds))
         self._loop = asyncio.get_running_loop()
         self._steps: asyncio.Queue[tuple[int, Floats] | None] = asyncio.Queue()
         self._known = {seed: data for seed in plan.seeds if (data := self._look_up(seed)) is not None}
@@ -185,8 +185,7 @@ class Drawing:
             def tell(index: int, done: int, x0: Floats) -> None:
                 self._loop.call_soon_threadsafe(self._steps.put_nowait, (done, x0))
 
-        on_stage = None if self._trace is None else self._trace.stage
-        order = order_of(self.model, plan, self.state, self._missing, self._worn, tell, on_stage)
+        order = order_of(self.model, plan, self.state, self._missing, self._worn, tell, self._on_stage)
         try:
             return self.model.engine.submit(order)
         except (QueueFull, DeadlineExceeded, EngineClosed) as error:
@@ -206,9 +205,9 @@ class Drawing:
 
     async def _encode(self, index: int, picture: Picture) -> File:
         data, milliseconds = await self.hub.pool.encode(picture.pixels, self.plan.output_format, self.plan.compression)
-        if self._trace is not None:
+        if self._on_stage is not None:
             ended = time.perf_counter()
-            self._trace.stage(index, "encode_image", ended - milliseconds / 1e3, ended)
+            self._on_stage(index, "encode_image", ended - milliseconds / 1e3, ended, 1)
         metrics.stage(self.model.name, "encode_image", milliseconds)
         if self.plan.cache:
             self.hub.files.put(self._key(picture.seed), data, len(data) + 500)

@@ -21,6 +21,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer
 
+from service.rows import OnStage
 from service.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,11 @@ class Trace:
         return self.epoch_ns + int(seconds * 1e9)
 
 
-def of_request(tracer: Tracer | None, request_id: str, model: str, steps: int, rows: int) -> Trace | None:
-    """The trace of the request that is being answered, whose span hears what is asked for; None: nobody looks."""
+def of_request(tracer: Tracer | None, request_id: str, model: str, steps: int, rows: int) -> OnStage | None:
+    """Who makes spans of the stages of the request that is being answered, and tells its own what is asked for.
+
+    None: nobody looks.
+    """
     if tracer is None:
         return None
     span = trace.get_current_span()
@@ -70,7 +74,7 @@ def of_request(tracer: Tracer | None, request_id: str, model: str, steps: int, r
             "leapfrog.rows": rows,
         }
     )
-    return Trace(tracer, model, steps)
+    return Trace(tracer, model, steps).stage
 
 
 def open_tracer() -> Tracer | None:

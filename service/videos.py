@@ -148,8 +148,7 @@ async def create_job(hub: Hub, request: Request) -> Response:
         owner, key = owner_of(request), request.headers.get("idempotency-key")
 
         async def work(_: Gone) -> Response:
-            trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
-            on_stage = None if trace is None else trace.stage
+            on_stage = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
             return await as_job(hub, await asyncio.to_thread(hub.studio.add, model, plan, owner, on_stage))
 
         if key is None:
@@ -312,7 +311,7 @@ async def film(hub: Hub, request: Request) -> Response:
         asked, _ = await read(request)
         model, plan = plan_of(hub, asked)
         begun = time.perf_counter()
-        trace = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
+        on_stage = tracing.of_request(hub.tracer, state.request_id, model.name, plan.steps, 1)
         with TemporaryDirectory(prefix="leapfrog-", ignore_cleanup_errors=True) as folder:
             path = Path(folder) / f"clip.{plan.output_format}"
             filming = Filming(
@@ -324,7 +323,7 @@ async def film(hub: Hub, request: Request) -> Response:
                 owner=state.owner,
                 deadline_s=plan.deadline_s,
                 worn=hub.loras.resolve(model, plan.loras),
-                on_stage=None if trace is None else trace.stage,
+                on_stage=on_stage,
             )
             made = await _made(filming, state, request)
             data = await asyncio.to_thread(path.read_bytes)

@@ -211,7 +211,7 @@ def test_only_sampled_requests_of_servers_that_export_are_followed() -> None:
         assert tracing.of_request(None, "req_1", "tiny", 4, 1) is None
         followed = tracing.of_request(tracer, "req_1", "tiny", 4, 1)
     assert followed is not None
-    followed.stage(0, "decode", 1.0, 1.25)
+    followed(0, "decode", 1.0, 1.25, 1)
     [ended, stage] = kept.get_finished_spans()
     assert ended.attributes is not None and ended.attributes["leapfrog.request_id"] == "req_1"
     assert stage.parent == request.get_span_context()
