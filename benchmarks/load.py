@@ -4,9 +4,9 @@
     python -m benchmarks.load bundles/scenes-sdxl --traces mixed burst abuse tenants --recovery 600
 
 For every repeat and server it starts the server, measures each kind of request alone, then the throughput of closed
-loops, and then sends traces open loop: the first at every rate, the others at one; rates are parts of the bare
-runtime's best rate. Goodput is the rate of answers within twice the solo latency of the fastest server, by number of
-steps. Every 20th answer is compared with the bare runtime's, byte for byte, and every request must be accounted for on
+loops, as a part of the bare runtime's best rate just before and after, since machines change their speed, and then
+sends traces open loop: the first at every rate, the others at one; rates are parts of the bare runtime's best rate.
+Goodput is the rate of answers within twice the solo latency of the fastest server, by number of steps. Every 20th answer is compared with the bare runtime's, byte for byte, and every request must be accounted for on
 both sides. --recovery sends twice the capacity to ours for that many seconds and looks at what comes after.
 
 Client and servers get cores of their own where there are four or more. What is measured of the first requests to a
@@ -104,6 +104,7 @@ class Run:
         self.keys = KEYS if "tenants" in options.traces else ()
         self.solo: dict[str, dict[str, float]] = {}
         self.saturation: dict[str, dict[str, list[float]]] = {}
+        self.saturation_parts: dict[str, dict[str, list[float]]] = {}
         self.runs: dict[tuple[Trace, str, float], list[dict[str, Any]]] = {}
         self.sent: dict[tuple[Trace, str, float], list[list[Sent]]] = {}
         self.metrics_agree: list[bool] = []
@@ -121,8 +122,11 @@ class Run:
                 self.say(f"{name}: {clients} clients that never wait")
                 seconds = min(10.0, self.options.seconds)
                 closed = self.trace("mixed", self.capacity * 4, seconds, repeat)
+                before = best_rate(self.runtime, self.bundle, self.works)
                 rate = asyncio.run(saturate(running.target, closed, clients, seconds))
+                bare = (before + best_rate(self.runtime, self.bundle, self.works)) / 2
                 self.saturation.setdefault(name, {}).setdefault(str(clients), []).append(round(rate, 3))
+                self.saturation_parts.setdefault(name, {}).setdefault(str(clients), []).append(round(rate / bare, 4))
             for trace, rates in self.plan().items():
                 for part in rates:
                     self.say(f"{name}: {trace} at {part:g} of {self.capacity:.1f} per second")
@@ -229,6 +233,7 @@ class Run:
             "solo_ms": {name: {k: round(v, 2) for k, v in alone.items()} for name, alone in self.solo.items()},
             "slo_ms": {k: round(v, 2) for k, v in self.slo_ms.items()},
             "saturation_per_s": self.saturation,
+            "saturation_parts": self.saturation_parts,
             "rows": rows,
             "compared": compared,
             "different": different,

@@ -51,8 +51,8 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     for other, least in (("batching", 1.3), ("naive", 3.0)):
         if {other, "ours"} <= best.keys():
             found.append(_over(other, least, best["ours"], best[other]))
-    if "ours" in result["saturation_per_s"]:
-        part = max(median(r) for r in result["saturation_per_s"]["ours"].values()) / result["capacity_per_s"]
+    if "ours" in result["saturation_parts"]:
+        part = max(median(parts) for parts in result["saturation_parts"]["ours"].values())
         found.append(Bar("throughput at saturation of the bare runtime's", "≥ 90 %", f"{part:.0%}", part >= 0.9))
     ours = [run for row in result["rows"] if row["server"] == "ours" for run in row["runs"]]
     if eta := [run["eta_error"]["p90"] for run in ours if "eta_error" in run]:

@@ -9,6 +9,8 @@ refused client should come back, and which deadline cannot be met.
     budget.observe(key, rows=4, seconds=0.067)
     budget.sizes(key)            # batch sizes that pay, e.g. (1, 2, 4)
 
+Where a model has several lanes, its calls are of two kinds: in a lane, beside others, and wide, on all cores.
+
 Nothing here reads a clock or takes a lock; the engine's lock guards it.
 """
 
@@ -48,7 +50,9 @@ class _Curve:
 
     sizes: tuple[int, ...]
     limit: int
+    lanes: int = 1
     seconds: dict[int, float] = field(default_factory=dict)
+    wide: dict[int, float] = field(default_factory=dict)
     decode_s: float | None = None
     calls: int = 0
     worth: tuple[int, ...] | None = None
@@ -63,19 +67,23 @@ class Budget:
         self._text: dict[str, float] = {}
         self._answer: dict[str, float] = {}
 
-    def know(self, key: BatchKey, sizes: tuple[int, ...]) -> None:
-        """Begin a curve; ``sizes`` are the numbers of rows that the runtime computes in one call, from 1 up."""
-        self._curves[_cost(key)] = _Curve(sizes, sizes[-1])
+    def know(self, key: BatchKey, sizes: tuple[int, ...], lanes: int = 1) -> None:
+        """Begin a curve.
+
+        sizes: the numbers of rows that the runtime computes in one call, from 1 up; lanes: how many calls at once.
+        """
+        self._curves[_cost(key)] = _Curve(sizes, sizes[-1], lanes)
 
     def knows(self, key: BatchKey) -> bool:
         return _cost(key) in self._curves
 
-    def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
-        """One denoising call of ``rows`` rows took ``seconds``."""
+    def observe(self, key: BatchKey, rows: int, seconds: float, *, wide: bool = False) -> None:
+        """One denoising call of ``rows`` rows took ``seconds``; wide: on all cores at once instead of in a lane."""
         curve = self._curves[_cost(key)]
         curve.calls, curve.worth = curve.calls + 1, None
-        known = curve.seconds.get(rows)
-        curve.seconds[rows] = seconds if known is None else known + EASE * (seconds - known)
+        points = curve.wide if wide else curve.seconds
+        known = points.get(rows)
+        points[rows] = seconds if known is None else known + EASE * (seconds - known)
 
     def observe_text(self, model: str, seconds: float) -> None:
         known = self._text.get(model)
@@ -115,6 +123,23 @@ class Budget:
         nearest = min(seconds, key=lambda size: abs(size - rows))
         return seconds[nearest] * rows / nearest
 
+    def lanes(self, key: BatchKey) -> int:
+        """How many calls the model takes at once."""
+        return self._curves[_cost(key)].lanes
+
+    def wide_s(self, key: BatchKey, rows: int) -> float:
+        """Seconds of one call on all cores; infinite where it was never measured, or there is no such call.
+
+        A shape that was never measured so is as much faster than in a lane as another shape of the same model.
+        """
+        curve = self._curves[_cost(key)]
+        if curve.wide or curve.lanes == 1:
+            return curve.wide.get(rows, float("inf"))
+        for other, known in self._curves.items():
+            if other.model == key.model and rows in known.wide:
+                return self.step_s(key, rows) * known.wide[rows] / self.step_s(other, rows)
+        return float("inf")
+
     def sizes(self, key: BatchKey) -> tuple[int, ...]:
         """Batch sizes worth using, rising; the last one is the cap."""
         curve = self._curves[_cost(key)]
@@ -131,9 +156,13 @@ class Budget:
         return found
 
     def row_step_s(self, key: BatchKey) -> float:
-        """Seconds of compute that one step of one row takes in a batch of the cap: the currency of fairness."""
+        """Seconds that one step of one row takes when every lane has a batch of the cap: what work is counted in."""
         cap = self.sizes(key)[-1]
-        return self.step_s(key, cap) / cap
+        return self.step_s(key, cap) / cap / self.lanes(key)
+
+    def row_s(self, key: BatchKey, steps: int) -> float:
+        """The same of all steps of a row and its decoding."""
+        return steps * self.row_step_s(key) + self.decode_s(key) / self.lanes(key)
 
     def decode_s(self, key: BatchKey) -> float:
         """Of one row: measured, in proportion to its latents from another shape of the model, or as long as a step."""
@@ -150,7 +179,8 @@ class Budget:
 
     def solo_s(self, key: BatchKey, steps: int) -> float:
         """Seconds of one picture alone on an idle engine, from text to pixels."""
-        return self.text_s(key.model) + steps * self.step_s(key, 1) + self.decode_s(key)
+        step_s = min(self.step_s(key, 1), self.wide_s(key, 1))
+        return self.text_s(key.model) + steps * step_s + self.decode_s(key)
 
     def curve(self, key: BatchKey) -> dict[int, float]:
         """The measured points, for GET /v1/models: seconds by number of rows."""

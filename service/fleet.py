@@ -43,9 +43,16 @@ class Fleet:
     def models(self) -> list[str]:
         return self.engines[0].models
 
-    def add(self, name: str, runtimes: Sequence[Runtime], manifest: Manifest) -> None:
-        for engine, runtime in zip(self.engines, runtimes, strict=True):
-            engine.add(name, runtime, manifest)
+    def add(
+        self, name: str, runtimes: Sequence[Runtime], manifest: Manifest, lanes: Sequence[Sequence[Runtime]] = ()
+    ) -> None:
+        """A runtime, and perhaps those of its lanes, per engine; see Engine.add."""
+        for engine, runtime, beside in zip(self.engines, runtimes, lanes or [()] * self.replicas, strict=True):
+            engine.add(name, runtime, manifest, beside)
+
+    def width(self, model: str) -> int:
+        """As Engine.width, of each."""
+        return self.engines[0].width(model)
 
     def submit(self, order: Order) -> list[Future[Picture]]:
         """As Engine.submit: all rows are queued or none."""

@@ -20,7 +20,7 @@ from service.engine import Engine
 from service.errors import ApiError, unavailable, unsupported
 from service.fleet import Engines, Fleet
 from service.jobs import StoreError
-from service.runtimes import Runtime, RuntimeUnavailable, open_runtime
+from service.runtimes import Runtime, RuntimeUnavailable, open_lanes, open_runtime
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -169,15 +169,16 @@ class Registry:
             )
         runtimes = [self._open(bundle, replica) for replica in range(self.settings.replicas)]
         able = runtimes[0].capabilities
-        engine = self._engine(able.device.partition(":")[0])
+        lanes = [open_lanes(bundle, runtime, self.settings.lanes_each, self.settings.max_batch) for runtime in runtimes]
+        engine = self._engine(able.device.partition(":")[0], max(1, len(lanes[0])))
         if isinstance(engine, Fleet):
-            engine.add(manifest.name, runtimes, manifest)
+            engine.add(manifest.name, runtimes, manifest, lanes)
         else:
-            engine.add(manifest.name, runtimes[0], manifest)
+            engine.add(manifest.name, runtimes[0], manifest, lanes[0])
         self._runtimes += runtimes
         self._models[manifest.name] = Model(bundle, runtimes[0], engine, bundle.digest, int(time.time()))
         logger.info(
-            "loaded %s from %s in %.1f s: %d x %s in %s, %d threads, batches of %s take %s ms per step",
+            "loaded %s from %s in %.1f s: %d x %s in %s, %d threads, batches of %s take %s ms per step, %d at a time",
             manifest.name,
             path,
             time.perf_counter() - start,
@@ -187,6 +188,7 @@ class Registry:
             able.threads,
             able.batch_sizes,
             able.step_ms,
+            engine.width(manifest.name),
         )
 
     def _open(self, bundle: Bundle, replica: int) -> Runtime:
@@ -200,18 +202,22 @@ class Registry:
             replica=replica,
         )
 
-    def _engine(self, device: str) -> Engines:
-        """The engine of a kind of device, or the engines of its replicas: all its models share one queue."""
+    def _engine(self, device: str, lanes: int) -> Engines:
+        """The engine of a kind of device, or the engines of its replicas: all its models share one queue.
+
+        The first model says whether there are lanes.
+        """
         if device not in self._engines:
             count = self.settings.replicas
-            engines = [self._new_engine(f"{device}:{i}" if count > 1 else device) for i in range(count)]
+            engines = [self._new_engine(f"{device}:{i}" if count > 1 else device, lanes) for i in range(count)]
             self._engines[device] = Fleet(device, engines) if count > 1 else engines[0]
         return self._engines[device]
 
-    def _new_engine(self, device: str) -> Engine:
+    def _new_engine(self, device: str, lanes: int) -> Engine:
         settings = self.settings
         return Engine(
             device,
+            lanes=lanes,
             max_queue=settings.max_queue,
             max_queue_s=settings.max_queue_s,
             max_owner_rows=settings.max_key_rows if settings.api_keys else None,

@@ -103,10 +103,23 @@ class Served:
     """One model on the device."""
 
     runtime: Runtime
+    """On all cores of a processor."""
     manifest: Manifest
     tables: dict[int, Table]
     keys: dict[tuple[tuple[int, int], int], BatchKey]
     """By size in pixels and number of frames, 0 of pictures; other numbers of frames join when they are asked for."""
+    lanes: tuple[Runtime, ...] = ()
+    """Runtimes that compute at the same time, each on cores of its own; none: one call at a time."""
+
+    @property
+    def width(self) -> int:
+        """How many calls it takes at once."""
+        return max(1, len(self.lanes))
+
+    @property
+    def in_company(self) -> Runtime:
+        """What computes beside others without taking all cores from them."""
+        return self.lanes[0] if self.lanes else self.runtime
 
     def key(self, size: tuple[int, int], frames: int) -> BatchKey:
         """Raises KeyError for a size that the model does not have, and for frames of a model of pictures."""
@@ -133,7 +146,7 @@ class Row:
     cost_s: float
     """Seconds of compute that it was estimated at."""
     spent_s: float = 0.0
-    """Its share of the steps that it took part in."""
+    """Its share of the steps that it took part in, and of its lane while it was decoded."""
     future: Future[Picture] = field(default_factory=Future)
     encode_text_ms: float = 0.0
     denoise_ms: float = 0.0

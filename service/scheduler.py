@@ -16,13 +16,19 @@ passes an eight-step one, and under overload some are in time instead of none. E
 row that waits longest, so that neither priority nor lateness can keep a row waiting for ever.
 
 Size. The largest batch size that pays (see service.budget) with which every row that alone would be in time still is.
+
+Lanes. Where several calls run at once, each on cores of its own, ``pick`` is asked by every lane that is free, and
+rows are shared among those before they share a batch. What can be done sooner by all cores in one call, such as the
+only row there is, is done so.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal, NamedTuple
 
 from service.budget import BatchKey, Budget
@@ -50,10 +56,24 @@ class Job:
     """False until the row's text is encoded."""
     done: int = 0
     started: bool = False
+    running: bool = False
+    """Between ``pick`` and ``advance``."""
 
     @property
     def remaining(self) -> int:
         return self.steps - self.done
+
+
+@dataclass(eq=False)
+class Call:
+    """One denoising step of some rows, from ``pick`` until ``release``."""
+
+    key: BatchKey
+    jobs: list[Job]
+    wide: bool
+    """On all cores."""
+    ends: float
+    """When its lane should be free again."""
 
 
 @dataclass(eq=False)
@@ -64,7 +84,7 @@ class _Flow:
     balance: float = 0.0
 
     def ready(self) -> list[Job]:
-        return [job for job in self.jobs if job.ready and job.remaining > 0]
+        return [job for job in self.jobs if job.ready and not job.running and job.remaining > 0]
 
 
 class Forecast(NamedTuple):
@@ -83,9 +103,11 @@ def together(forecasts: Iterable[Forecast]) -> Forecast:
 class Scheduler:
     """All rows that are waiting or between two steps."""
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+    def __init__(self, budget: Budget, lanes: int = 1) -> None:
+        """lanes: calls that may run at once, of all models together."""
+        self.budget, self.lanes = budget, lanes
         self._flows: deque[_Flow] = deque()
+        self._calls: list[Call] = []
         self._picks = 0
 
     def __iter__(self) -> Iterator[Job]:
@@ -143,65 +165,129 @@ class Scheduler:
         begun = sum(job.started for job in rows)
         return sum(job.remaining * self.budget.row_step_s(job.key) for job in rows[: begun + places])
 
-    def pick(self, now: float) -> list[Job]:
-        """The rows of the next step, all of one key; empty when none is ready. Their flows are charged for it."""
-        flows = [flow for flow in self._flows if flow.ready()]
+    def pick(self, now: float) -> Call | None:
+        """The next step for a free lane, of rows of one key; None when none is ready. Their flows are charged for it.
+
+        ``advance`` each of its rows and then ``release`` it.
+        """
+        flows = self._startable()
         if not flows:
-            return []
-        self._picks += 1
-        oldest_leads = self._picks % RESERVED == 0
-        lead = self._leader(flows)
-        while self._flows[0] is not lead:
-            self._flows.rotate(-1)
-        rows = self._fill(lead, now, oldest_leads)
-        rows = rows[: self._size(rows, now)]
-        share = self.budget.step_s(lead.key, len(rows)) / len(rows)
-        for flow in self._flows:
-            flow.balance -= share * sum(job in flow.jobs for job in rows)
-        self._bound(flows)
-        if lead.balance <= 0:
-            self._flows.rotate(-1)
-        for job in rows:
-            job.started = True
-        return rows
+            return None
+        key, jobs = flows[0].key, self._all_at_once(flows)
+        if wide := bool(jobs):
+            cost_s = self.budget.wide_s(key, len(jobs))
+        else:
+            jobs = self._next_batch(flows, now)
+            key, cost_s = jobs[0].key, self.budget.step_s(jobs[0].key, len(jobs))
+        for job in jobs:
+            job.started = job.running = True
+        call = Call(key, jobs, wide, now + cost_s)
+        self._calls.append(call)
+        return call
+
+    def advance(self, job: Job) -> None:
+        """A row's step is over; it may go on in any lane."""
+        job.running = False
+        job.done += 1
+        if job.remaining == 0:
+            self.remove(job)
+
+    def release(self, call: Call) -> None:
+        """Its lane is free."""
+        self._calls.remove(call)
+
+    def startable(self) -> bool:
+        """Whether ``pick`` would find something."""
+        return bool(self._startable())
 
     def forecast(self, now: float, extra: Sequence[Job] = ()) -> dict[Job, Forecast]:
         """What becomes of every row, and of ``extra`` as if they were added now, if nothing else comes.
 
-        The schedule is played on a copy, with the budget's costs for the time of every step and of the decoding that
-        overlaps with it; all texts count as ready.
+        The schedule is played on a copy, with the budget's costs for the time of every step and of the decoding, which
+        overlaps with steps where there is one lane, and else occupies one; all texts count as ready.
         """
         twin, originals = self._copy(extra)
         waiting = {job for job in originals if not job.started}
         position: dict[Job, int] = {}
         result: dict[Job, Forecast] = {}
         clock = decoded = now
-        while rows := twin.pick(clock):
-            begun = sum(job in waiting for job in position)
-            clock += self.budget.step_s(rows[0].key, len(rows))
-            for job in rows:
-                position.setdefault(job, begun if job in waiting else 0)
-                job.done += 1
+        order = count()
+        ends = [(call.ends, next(order), call) for call in twin._calls]
+        heapq.heapify(ends)
+        while True:
+            while call := twin.pick(clock):
+                begun = sum(job in waiting for job in position)
+                for job in call.jobs:
+                    position.setdefault(job, begun if job in waiting else 0)
+                heapq.heappush(ends, (call.ends, next(order), call))
+            if not ends:
+                return result
+            end, _, call = heapq.heappop(ends)
+            clock = max(clock, end)
+            decoded = clock if self.lanes > 1 else max(clock, decoded)
+            busy_until = clock
+            for job in call.jobs:
+                twin.advance(job)
                 if job.remaining == 0:
-                    twin.remove(job)
-                    decoded = max(clock, decoded) + self.budget.decode_s(job.key)
-                    result[originals[job]] = Forecast(decoded - now, position[job])
-        return result
+                    decoded += self.budget.decode_s(job.key)
+                    busy_until = decoded
+                    result[originals[job]] = Forecast(decoded - now, position.get(job, 0))
+            call.jobs = []
+            if self.lanes > 1 and busy_until > clock:
+                heapq.heappush(ends, (busy_until, next(order), call))
+            else:
+                twin.release(call)
 
     def _copy(self, extra: Sequence[Job]) -> tuple[Scheduler, dict[Job, Job]]:
         """Another scheduler with copies of all rows, and the original of every copy."""
-        twin = Scheduler(self.budget)
+        twin = Scheduler(self.budget, self.lanes)
         twin._picks = self._picks
         originals: dict[Job, Job] = {}
         for flow in self._flows:
             copies = [replace(job, ready=True) for job in flow.jobs]
             originals.update(zip(copies, flow.jobs, strict=True))
             twin._flows.append(_Flow(flow.owner, flow.key, copies, flow.balance))
+        copy_of = {job: copy for copy, job in originals.items()}
+        for call in self._calls:
+            running = [copy_of[job] for job in call.jobs if job.running and job in copy_of]
+            twin._calls.append(replace(call, jobs=running))
         for job in extra:
             copy = replace(job, ready=True)
             originals[copy] = job
             twin.add(copy)
         return twin, originals
+
+    def _startable(self) -> list[_Flow]:
+        """Flows with rows that a lane could take, none when no lane is free."""
+        if len(self._calls) >= self.lanes:
+            return []
+        busy = Counter(call.key.model for call in self._calls)
+        return [flow for flow in self._flows if busy[flow.key.model] < self.budget.lanes(flow.key) and flow.ready()]
+
+    def _all_at_once(self, flows: list[_Flow]) -> list[Job]:
+        """All ready rows, if one call on all cores ends before each would in a lane of its own; else none."""
+        key, jobs = flows[0].key, [job for flow in flows for job in flow.ready()]
+        if self._calls or len(jobs) > self.lanes or any(flow.key != key for flow in flows):
+            return []
+        return jobs if self.budget.wide_s(key, len(jobs)) < self.budget.step_s(key, 1) else []
+
+    def _next_batch(self, flows: list[_Flow], now: float) -> list[Job]:
+        """The rows of one lane's next call; charges their flows."""
+        self._picks += 1
+        oldest_leads = self._picks % RESERVED == 0
+        lead = self._leader(flows)
+        while self._flows[0] is not lead:
+            self._flows.rotate(-1)
+        each = -(-sum(len(flow.ready()) for flow in flows) // (self.lanes - len(self._calls)))
+        jobs = self._fill(lead, now, oldest_leads)[:each]
+        jobs = jobs[: self._size(jobs, now)]
+        share = self.budget.step_s(lead.key, len(jobs)) / len(jobs)
+        for flow in self._flows:
+            flow.balance -= share * sum(job in flow.jobs for job in jobs)
+        self._bound(flows)
+        if lead.balance <= 0:
+            self._flows.rotate(-1)
+        return jobs
 
     def _leader(self, flows: list[_Flow]) -> _Flow:
         """The first flow of the ring with a balance; when none has one, as many rounds pass as one of them needs."""
@@ -224,7 +310,8 @@ class Scheduler:
         flows = [flow for flow in self._flows if flow.key == lead.key]
         queues = [deque(self._ordered(flow, now, oldest_leads)) for flow in flows]
         balances = [flow.balance for flow in flows]
-        share, cap = self.budget.row_step_s(lead.key), self.budget.sizes(lead.key)[-1]
+        cap = self.budget.sizes(lead.key)[-1]
+        share = self.budget.step_s(lead.key, cap) / cap
         rows: list[Job] = []
         for floor in (0.0, float("-inf")):
             moved = True

@@ -45,6 +45,7 @@ class Settings(BaseModel):
     api_keys: tuple[str, ...] = Field(default=(), repr=False, description="separated by commas; none: open to all")
     admin_keys: tuple[str, ...] = Field(default=(), repr=False, description="of those who may register LoRAs")
     threads: int = Field(default_factory=lambda: min(usable_cores(), 8), ge=1, le=256, description="of one graph run")
+    lanes: int = Field(default=0, ge=0, description="steps at once on a processor, sharing threads; 0: one per thread")
     replicas: int = Field(default=1, ge=1, le=64, description="copies of each model, one per GPU or share of cores")
     runtime: RuntimeChoice = Field(default="auto", description="what computes; see service.runtimes.choose")
     precision: Precision = Field(default="float32", description="of the denoiser; auto: the fastest for this processor")
@@ -86,6 +87,16 @@ class Settings(BaseModel):
             if self.max_n > bound:
                 raise ValueError(f"max_n is {self.max_n} and {name} {bound}; a request must fit into the queue")
         return self
+
+    @model_validator(mode="after")
+    def _lanes_have_threads(self) -> Settings:
+        if self.lanes > self.threads_each:
+            raise ValueError(f"lanes is {self.lanes} and there are {self.threads_each} threads; each lane needs one")
+        return self
+
+    @property
+    def lanes_each(self) -> int:
+        return self.lanes or self.threads_each
 
     @property
     def threads_each(self) -> int:

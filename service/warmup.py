@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
+from distill.bundle import Manifest
 from distill.sampling import Table, noise
 from service.budget import Budget
 from service.rows import Served
-from service.runtimes.base import Capabilities, Conditioning, Runtime, stack
+from service.runtimes.base import Capabilities, Conditioning, Floats, Runtime, stack
+
+logger = logging.getLogger(__name__)
+
+
+def agreeing(manifest: Manifest, runtime: Runtime, lanes: Sequence[Runtime]) -> tuple[Runtime, ...]:
+    """The lanes, if they make the same bits as the runtime: a seed is one picture, whoever computes beside it."""
+    if lanes and not all(map(np.array_equal, _all_graphs(manifest, runtime), _all_graphs(manifest, lanes[0]))):
+        logger.warning("%s: fewer threads change the last bit here, so steps run one at a time", manifest.name)
+        return ()
+    return tuple(lanes)
+
+
+def _all_graphs(manifest: Manifest, runtime: Runtime) -> list[NDArray[np.generic]]:
+    """What each graph makes of a prompt and a seed."""
+    text = runtime.encode_text([prompt_of(manifest)])
+    table = manifest.samplers[manifest.default_steps].table()
+    latents, x0 = runtime.step(*_feed(text, table, manifest.latent_shape(), rows=1))
+    return [*text.values(), latents, x0, runtime.decode(x0)]
+
+
+def prompt_of(manifest: Manifest) -> str:
+    return (manifest.examples or ("a picture",))[0]
 
 
 def warm_up(budget: Budget, served: Served) -> None:
-    """First points of every cost curve, which also lets the runtime prepare every shape that it will meet.
+    """First points of every cost curve, which also lets the runtimes prepare every shape that they will meet.
 
     Loading has measured the steps of the first size already.
     """
-    runtime, able, name = served.runtime, served.runtime.capabilities, served.manifest.name
-    text = runtime.encode_text([prompt := (served.manifest.examples or ("a picture",))[0]])
+    runtime, name = served.in_company, served.manifest.name
+    text = runtime.encode_text([prompt := prompt_of(served.manifest)])
     start = time.perf_counter()
     runtime.encode_text([prompt])
     budget.observe_text(name, time.perf_counter() - start)
     table = served.tables[served.manifest.default_steps]
-    for k, key in enumerate(served.keys.values()):
-        for exact, times in _times(able):
-            runtime.configure(exact=exact)
-            for rows, milliseconds in times:
-                seconds = milliseconds / 1e3 if k == 0 else _time_step(runtime, text, table, key.shape, rows)
-                budget.observe(key._replace(exact=exact), rows, seconds)
-        latents = noise(0, 0, key.shape)
-        runtime.decode(latents)
-        start = time.perf_counter()
-        runtime.decode(latents)
-        budget.observe_decode(key, time.perf_counter() - start)
-    runtime.configure()
+    for each in (runtime, served.runtime) if served.lanes else (runtime,):
+        for k, key in enumerate(served.keys.values()):
+            for exact, times in _times(each.capabilities):
+                each.configure(exact=exact)
+                for rows, milliseconds in times:
+                    seconds = milliseconds / 1e3 if k == 0 else _time_step(each, text, table, key.shape, rows)
+                    budget.observe(key._replace(exact=exact), rows, seconds, wide=each is not runtime)
+            latents = noise(0, 0, key.shape)
+            each.decode(latents)
+            start = time.perf_counter()
+            each.decode(latents)
+            budget.observe_decode(key, time.perf_counter() - start)
+        each.configure()
 
 
 def _times(able: Capabilities) -> list[tuple[bool, list[tuple[int, float]]]]:
@@ -46,10 +73,17 @@ def _times(able: Capabilities) -> list[tuple[bool, list[tuple[int, float]]]]:
 
 def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, ...], rows: int) -> float:
     """Seconds of the second of two steps: the first one may compile."""
-    latents = np.concatenate([noise(seed, 0, shape) for seed in range(rows)])
-    times = np.full(rows, table.timesteps[0], dtype=np.float32)
-    feed = (latents, times, np.tile(table.rows[0], (rows, 1)), latents, stack([text] * rows))
+    feed = _feed(text, table, shape, rows)
     runtime.step(*feed)
     start = time.perf_counter()
     runtime.step(*feed)
     return time.perf_counter() - start
+
+
+def _feed(
+    text: Conditioning, table: Table, shape: tuple[int, ...], rows: int
+) -> tuple[Floats, Floats, Floats, Floats, Conditioning]:
+    """Arguments of Runtime.step for the first step of some seeds."""
+    latents = np.concatenate([noise(seed, 0, shape) for seed in range(rows)])
+    times = np.full(rows, table.timesteps[0], dtype=np.float32)
+    return latents, times, np.tile(table.rows[0], (rows, 1)), latents, stack([text] * rows)

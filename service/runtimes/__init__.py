@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 TURNS = 3
 """Pictures that each candidate for "fastest" draws; the first compiles and warms up, the best counts."""
 
+LARGEST_TWICE = 512 << 20
+"""Bytes of weights up to which they may be in memory twice, for all cores together and for each alone."""
+
 __all__ = [
     "Capabilities",
     "Conditioning",
@@ -45,6 +48,7 @@ __all__ = [
     "Tokens",
     "choose",
     "generate",
+    "open_lanes",
     "open_runtime",
 ]
 
@@ -87,6 +91,20 @@ def open_runtime(
         taken.capabilities = replace(taken.capabilities, fallback=f"tensorrt was asked for: {reason}")
         return taken
     return _open(bundle, name, fixed, threads, max_batch, replica)
+
+
+def open_lanes(bundle: Bundle, runtime: Runtime, count: int, max_batch: int) -> list[Runtime]:
+    """``count`` runtimes that share the threads of one among them and may compute at the same time.
+
+    None for a single one, where the runtime's calls cannot overlap, and for weights that are too large to be in memory
+    once more.
+    """
+    able = runtime.capabilities
+    weights = sum(path.stat().st_size for path in bundle.path.rglob("*.safetensors"))
+    if count == 1 or runtime.lane() is None or weights > LARGEST_TWICE:
+        return []
+    narrow = _open(bundle, able.runtime, able.precision, max(1, able.threads // count), max_batch, replica=0)
+    return [lane for lane in (narrow.lane() for _ in range(count)) if lane is not None]
 
 
 def _fastest(bundle: Bundle, precision: Precision, threads: int, max_batch: int, replica: int) -> Runtime:

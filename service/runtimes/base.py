@@ -113,6 +113,10 @@ class Runtime(Protocol):
         """How the next steps are computed: in batches that keep every bit, with which LoRAs. Cheap when unchanged."""
         ...
 
+    def lane(self) -> Runtime | None:
+        """Another one with the same weights, whose calls may run while this one's do; None where there is none."""
+        ...
+
     def memory(self) -> dict[str, int]:
         """Bytes by kind that this process holds on the runtime's GPU, from any thread; empty where that is not told."""
         ...

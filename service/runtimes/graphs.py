@@ -31,6 +31,7 @@ from service.runtimes.base import (
     Images,
     Lora,
     LoraRefused,
+    Runtime,
     RuntimeName,
     Tokens,
     Worn,
@@ -128,6 +129,9 @@ class GraphRuntime(ABC):
         able = self.capabilities
         assert able.loras or not loras, f"{self.name} cannot have read a LoRA"
         self._sizes = able.batch_sizes if exact else able.loose_sizes or able.batch_sizes
+
+    def lane(self) -> Runtime | None:
+        return None
 
     def memory(self) -> dict[str, int]:
         return {}

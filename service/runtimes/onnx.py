@@ -14,6 +14,7 @@ build.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from distill.bundle import Bundle, BundleError
 from distill.engines.cuda import gpu_of
-from service.runtimes.base import Conditioning, FixedPrecision
+from service.runtimes.base import Conditioning, FixedPrecision, Runtime
 from service.runtimes.graphs import GraphRuntime, graph_engine
 
 Provider = str | tuple[str, dict[str, Any]]
@@ -79,6 +80,10 @@ class OnnxRuntime(GraphRuntime):
 
     def version(self) -> str:
         return str(ort.__version__)
+
+    def lane(self) -> Runtime | None:
+        """On a processor: sessions may be run by several threads at once, and one thread of a graph is the caller's."""
+        return copy.copy(self) if self.device == "cpu" else None
 
     def _load(self, bundle: Bundle, graph: str) -> OnnxGraph:
         loaded = OnnxGraph(bundle, graph, self.threads, self.precision, self._gpu)

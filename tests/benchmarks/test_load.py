@@ -307,6 +307,7 @@ def found() -> dict[str, Any]:
         "solo_ms": {"ours": {"1": 20.0}, "naive": {"1": 21.0}},
         "slo_ms": {"1": 40.0},
         "saturation_per_s": {"ours": {"1": [5.0], "16": [9.0, 9.5]}, "naive": {"1": [7.0]}},
+        "saturation_parts": {"ours": {"1": [0.5], "16": [0.9, 0.94]}, "naive": {"1": [0.7]}},
         "compared": 3,
         "different": 0,
         "metrics_agree": True,

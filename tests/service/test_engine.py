@@ -85,7 +85,7 @@ def steady(engine: Engine, sizes: tuple[int, ...]) -> None:
     engine.budget.know(key, sizes)
     for rows in sizes:
         engine.budget.observe(key, rows, 0.01)
-    engine.budget.observe = lambda key, rows, seconds: None  # type: ignore[method-assign]
+    engine.budget.observe = lambda key, rows, seconds, wide=False: None  # type: ignore[method-assign]
 
 
 def order(seeds: Sequence[int], steps: int, prompt: str = PROMPT, **more: Any) -> Order:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from service.budget import BatchKey, Budget
-from service.scheduler import PATIENCE, RESERVED, Job, Priority, Scheduler, together
+from service.scheduler import PATIENCE, RESERVED, Call, Job, Priority, Scheduler, together
 
 SMALL = BatchKey("m", "onnx", (4, 16, 16))
 LARGE = SMALL._replace(shape=(4, 32, 32))
@@ -48,24 +48,26 @@ class Device:
         while self.now < until:
             while coming and coming[0].submitted <= self.now:
                 self.scheduler.add(coming.pop(0))
-            rows = self.scheduler.pick(self.now)
-            if not rows:
+            call = self.scheduler.pick(self.now)
+            if call is None:
                 if not coming:
                     return
                 self.now = coming[0].submitted
                 continue
-            self.step(rows)
+            self.step(call)
 
-    def step(self, rows: list[Job]) -> None:
+    def step(self, call: Call | None) -> None:
+        assert call is not None
+        rows = call.jobs
         self.steps.append(rows)
         cost = self.scheduler.budget.step_s(rows[0].key, len(rows))
         self.now += cost
         for job in rows:
             self.seconds[job.owner] = self.seconds.get(job.owner, 0.0) + cost / len(rows)
-            job.done += 1
+            self.scheduler.advance(job)
             if job.remaining == 0:
-                self.scheduler.remove(job)
                 self.finished[job] = self.now + DECODE_S
+        self.scheduler.release(call)
 
 
 @pytest.fixture
@@ -188,9 +190,9 @@ def test_an_owner_whose_rows_all_wait_for_their_text_stops_nobody(device: Device
     for job in [*ready, device.scheduler.new(SMALL, 4, 0.0, owner="b", ready=False)]:
         device.scheduler.add(job)
     for _ in range(2 * RESERVED):
-        rows = device.scheduler.pick(device.now)
-        assert rows and set(rows) <= set(ready)
-        device.step(rows)
+        call = device.scheduler.pick(device.now)
+        assert call is not None and set(call.jobs) <= set(ready)
+        device.step(call)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -213,14 +215,14 @@ def test_whatever_comes_in_whatever_order_runs_once_and_ends(device: Device, see
             given_up = dice.choice(sorted(expected - set(device.finished), key=lambda job: job.submitted))
             scheduler.remove(given_up)
             expected.remove(given_up)
-        rows = scheduler.pick(device.now)
-        assert len(set(rows)) == len(rows) and all(job.ready and job.key == rows[0].key for job in rows)
-        if rows:
-            device.step(rows)
+        if call := scheduler.pick(device.now):
+            rows = call.jobs
+            assert len(set(rows)) == len(rows) and all(job.ready and job.key == rows[0].key for job in rows)
+            device.step(call)
         else:
             device.now += 0.01
-    while rows := scheduler.pick(device.now):
-        device.step(rows)
+    while call := scheduler.pick(device.now):
+        device.step(call)
     assert set(device.finished) == expected and not list(scheduler)
 
 
@@ -229,9 +231,9 @@ def test_work_and_waiting_rows_are_counted(device: Device) -> None:
         device.scheduler.add(device.job(4, owner))
     assert (len(device.scheduler), device.scheduler.waiting(), device.scheduler.waiting("a")) == (3, 3, 2)
     assert device.scheduler.work_s() == pytest.approx(12 * 0.015)
-    rows = device.scheduler.pick(0.0)
-    device.step(rows)
-    assert device.scheduler.waiting() == 3 - len(rows)
+    call = device.scheduler.pick(0.0)
+    device.step(call)
+    assert call is not None and device.scheduler.waiting() == 3 - len(call.jobs)
     assert device.scheduler.held("a") == 2
     assert 0 < device.scheduler.room_s(1) <= device.scheduler.work_s()
 
