@@ -15,8 +15,9 @@ from service.runtimes.base import Images
 
 Format = Literal["png", "jpeg", "webp"]
 DEFAULT_QUALITY = 90
-SMALL_PIXELS = 256 * 256
-"""Up to here png's best compression takes under 10 ms; a 1024x1024 picture would take 170 ms instead of 110."""
+PNG_LEVEL = 1
+"""Of compression: 64x64 pixels take 0.4 ms instead of the usual level's 1.0 and a quarter more bytes, 1024x1024 ones
+110 ms instead of 170."""
 
 
 def encode(pixels: Images, file_format: Format, quality: int | None = None) -> bytes:
@@ -25,7 +26,7 @@ def encode(pixels: Images, file_format: Format, quality: int | None = None) -> b
     buffer = io.BytesIO()
     quality = DEFAULT_QUALITY if quality is None else quality
     if file_format == "png":
-        image.save(buffer, "PNG", compress_level=6 if image.width * image.height <= SMALL_PIXELS else 1)
+        image.save(buffer, "PNG", compress_level=PNG_LEVEL)
     elif file_format == "jpeg":
         # Full chroma resolution: halving it smears small coloured things.
         image.save(buffer, "JPEG", quality=quality, subsampling=0)

@@ -311,8 +311,7 @@ class Engine:
             call, rows = found
             served = self._served[call.key.model]
             runtime = served.runtime if call.wide or not served.lanes else served.lanes[lane]
-            self._step(rows, runtime, call.wide)
-            finished = [row for row in rows if row.job.remaining == 0]
+            finished = self._step(rows, runtime, call.wide)
             if self.lanes > 1 and finished:
                 self._prolong(call, len(finished))
                 for row in finished:
@@ -394,25 +393,28 @@ class Engine:
                     metrics.LARGEST_BATCH.labels(name, f"{width}x{height}", self.device).set(most)
         metrics.WORK_SECONDS.labels(self.device).set(self.scheduler.work_s())
 
-    def _step(self, rows: list[Row], runtime: Runtime, wide: bool, again: bool = False) -> None:
-        """One denoising step of some rows. What fails is tried in smaller groups until it is known which row fails."""
+    def _step(self, rows: list[Row], runtime: Runtime, wide: bool, again: bool = False) -> list[Row]:
+        """One denoising step of some rows; returns those whose last one it was.
+
+        What fails is tried in smaller groups until it is known which row fails.
+        """
         try:
-            self._advance(rows, runtime, wide)
+            return self._advance(rows, runtime, wide)
         except Exception as error:
             memory, model = ran_out_of_memory(error), rows[0].order.model
             if (memory and again) or (not memory and len(rows) == 1):
                 for row in rows:
                     self._fail(row, OutOfMemory(str(error)) if memory else error)
-                return
+                return []
             size = 1
             if memory:
                 with self._wake:
                     size = self.budget.halve(rows[0].job.key, len(rows))
             logger.warning("a step of %d rows of %s failed (%s); trying %d at a time", len(rows), model, error, size)
-            for start in range(0, len(rows), size):
-                self._step(rows[start : start + size], runtime, wide, again=again or memory)
+            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            return [row for part in parts for row in self._step(part, runtime, wide, again=again or memory)]
 
-    def _advance(self, rows: list[Row], runtime: Runtime, wide: bool) -> None:
+    def _advance(self, rows: list[Row], runtime: Runtime, wide: bool) -> list[Row]:
         for row in rows:
             if row.job.done == 0 and row.order.on_begin is not None:
                 row.order.on_begin(row.index)
@@ -429,21 +431,22 @@ class Engine:
         )
         elapsed = time.perf_counter() - start
         metrics.step(model, len(rows), elapsed)
-        with self._wake:
-            self.budget.observe(key, len(rows), elapsed, wide=wide)
-            share_s = elapsed / len(rows) / (1 if wide else self.budget.lanes(key))
-            for row in rows:
-                self.scheduler.advance(row.job)
         for i, row in enumerate(rows):
             if steps[i] == 0:
                 row.tell("queue", row.job.submitted, start)
             row.tell("denoise", start, start + elapsed, len(rows))
-            row.latents = advanced[i : i + 1]
             row.denoise_ms += elapsed * 1e3
-            row.spent_s += share_s
             row.largest_batch = max(row.largest_batch, len(rows))
-            if row.order.on_step is not None and row.job.remaining > 0:
-                row.order.on_step(row.index, row.job.done, x0[i])
+            if row.order.on_step is not None and row.job.remaining > 1:
+                row.order.on_step(row.index, row.job.done + 1, x0[i])
+        with self._wake:
+            self.budget.observe(key, len(rows), elapsed, wide=wide)
+            share_s = elapsed / len(rows) / (1 if wide else self.budget.lanes(key))
+            for i, row in enumerate(rows):
+                row.latents = advanced[i : i + 1]
+                row.spent_s += share_s
+                self.scheduler.advance(row.job)
+            return [row for row in rows if row.job.remaining == 0]  # the others may be in another lane from here on
 
     def _decode(self) -> None:
         """Thread: pixels of finished rows, one by one, so that the first is ready while the next is decoded."""

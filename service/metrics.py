@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import psutil
 from prometheus_client import Counter, Gauge, Histogram
@@ -73,14 +74,25 @@ COST_RATIO = Histogram(
 
 def stage(model: str, name: str, milliseconds: float) -> None:
     """Record one stage of one picture: encode_text, denoise, decode or encode_image."""
-    STAGE_SECONDS.labels(model, name).observe(milliseconds / 1e3)
+    _stage(model, name).observe(milliseconds / 1e3)
 
 
 def step(model: str, rows: int, seconds: float) -> None:
     """Record one denoising call of ``rows`` pictures."""
-    STEPS.labels(model).inc(rows)
-    BATCH_ROWS.labels(model).observe(rows)
-    STEP_SECONDS.labels(model, str(rows)).observe(seconds)
+    steps, batches, times = _steps(model, rows)
+    steps.inc(rows)
+    batches.observe(rows)
+    times.observe(seconds)
+
+
+@cache
+def _stage(model: str, name: str) -> Histogram:
+    return STAGE_SECONDS.labels(model, name)
+
+
+@cache
+def _steps(model: str, rows: int) -> tuple[Counter, Histogram, Histogram]:
+    return STEPS.labels(model), BATCH_ROWS.labels(model), STEP_SECONDS.labels(model, str(rows))
 
 
 def memory(devices: Mapping[str, Mapping[str, int]]) -> None:

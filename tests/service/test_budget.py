@@ -122,3 +122,26 @@ def test_an_answer_comes_later_than_its_rows_by_what_others_took_outside_the_eng
         budget.observe_answer("m", 0.25)
     assert budget.expected_s("m", 1.0) == pytest.approx(1.75)
     assert budget.expected_s("other", 1.0) == 1.0, "models do not share it"
+
+
+def test_calls_in_lanes_and_on_all_cores_have_curves_of_their_own() -> None:
+    budget = Budget()
+    budget.know(KEY, SIZES, lanes=2)
+    budget.know(LARGE, SIZES, lanes=2)
+    assert budget.wide_s(KEY, 1) == float("inf"), "never measured"
+    for rows, seconds in ((1, 0.010), (2, 0.012)):
+        budget.observe(KEY, rows, seconds)
+    budget.observe(KEY, 1, 0.006, wide=True)
+    assert (budget.step_s(KEY, 1), budget.wide_s(KEY, 1)) == (0.010, 0.006)
+    assert budget.wide_s(KEY, 2) == float("inf")
+    assert budget.sizes(KEY) == (1, 2), "by the rates of lanes"
+    assert budget.row_step_s(KEY) == pytest.approx(0.012 / 2 / 2), "two rows in each of two lanes"
+    budget.observe_decode(KEY, 0.004)
+    assert budget.row_s(KEY, 4) == pytest.approx(4 * 0.003 + 0.002)
+    assert budget.solo_s(KEY, 4) == pytest.approx(4 * 0.006 + 0.004), "alone it has all cores"
+    assert budget.wide_s(LARGE, 1) == pytest.approx(0.024), "four times the latents, as much faster as the known shape"
+
+
+def test_without_lanes_no_call_is_wide() -> None:
+    budget = budget_of(b1=10)
+    assert (budget.lanes(KEY), budget.wide_s(KEY, 1)) == (1, float("inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,14 @@ class Watched(OnnxRuntime):
         self.nan: float | None = None
         self.memory = 64
         """Rows that fit into it."""
+        self.who: list[int] = []
+        """Which copy of this runtime computed each step."""
         super().__init__(bundle, threads=1, max_batch=8)
 
     def step(
         self, latents: Floats, timestep: Floats, coefficients: Floats, noise: Floats, conditioning: Conditioning
     ) -> tuple[Floats, Floats]:
+        self.who.append(id(self))
         self.entered.set()
         assert self.go.wait(30), "nobody let the step go on"
         self.batches.append([float(t) for t in timestep])
@@ -66,9 +70,10 @@ def start(watched: Watched) -> Iterator[Start]:
         """Batches of all ``sizes`` pay, whatever this machine measures."""
         engine = Engine("cpu", **{"max_queue": 64, **settings})  # type: ignore[arg-type]
         engines.append(engine)
-        engine.add("tiny", watched, watched.manifest)
+        engine.add("tiny", watched, watched.manifest, [copy.copy(watched) for _ in range(engine.lanes)])
         steady(engine, sizes)
         watched.batches.clear()
+        watched.who.clear()
         watched.entered.clear()
         return engine
 
@@ -82,9 +87,11 @@ def start(watched: Watched) -> Iterator[Start]:
 def steady(engine: Engine, sizes: tuple[int, ...]) -> None:
     """Fix the cost curve, so that no test depends on what this machine measures: a batch costs as much as one row."""
     key = engine._served["tiny"].keys[SIZE, 0]
-    engine.budget.know(key, sizes)
+    engine.budget.know(key, sizes, engine.lanes)
     for rows in sizes:
         engine.budget.observe(key, rows, 0.01)
+        if engine.lanes > 1:
+            engine.budget.observe(key, rows, 0.005 * rows, wide=True)
     engine.budget.observe = lambda key, rows, seconds, wide=False: None  # type: ignore[method-assign]
 
 
@@ -123,6 +130,80 @@ def test_pictures_equal_those_made_alone_whatever_they_are_batched_with(start: S
     for (prompt, seed, steps), picture in zip(wishes, pictures, strict=True):
         alone = generate(watched, watched.manifest, [prompt], [seed], steps)[0]
         np.testing.assert_array_equal(picture.pixels, alone)
+
+
+def test_pictures_made_in_lanes_equal_those_made_alone(start: Start, watched: Watched) -> None:
+    engine = start(lanes=3)
+    wishes = [(f"a {colour} cube", seed, 2 ** (seed % 4)) for seed, colour in enumerate(("red", "blue", "green") * 8)]
+    futures = [engine.submit(order([seed], steps, prompt))[0] for prompt, seed, steps in wishes]
+    pictures = [future.result(60) for future in futures]
+    assert len(set(watched.who) - {id(watched)}) > 1, "several lanes computed"
+    for (prompt, seed, steps), picture in zip(wishes, pictures, strict=True):
+        alone = generate(watched, watched.manifest, [prompt], [seed], steps)[0]
+        np.testing.assert_array_equal(picture.pixels, alone)
+    assert engine.load() == (0, 0, 0.0)
+
+
+def test_two_rows_are_computed_at_the_same_time_and_a_lone_one_on_all_cores(start: Start, watched: Watched) -> None:
+    engine = start(lanes=2)
+    assert engine.width("tiny") == 2
+    engine.submit(order([1], 4))[0].result(60)
+    assert watched.who == [id(watched)] * 4
+    watched.who.clear()
+    watched.go.clear()
+    both = engine.submit(order([1, 2], 2))
+    end = time.monotonic() + 30
+    while len(watched.who) < 2 and time.monotonic() < end:
+        time.sleep(0.002)
+    assert len(watched.who) == 2, "both are in their first step"
+    watched.go.set()
+    assert [future.result(60).largest_batch for future in both] == [1, 1]
+
+
+def test_a_row_that_fails_in_a_lane_fails_alone(start: Start, watched: Watched) -> None:
+    engine = start(lanes=2)
+    watched.poison = first_latent(1)
+    for lane in engine._served["tiny"].lanes:
+        lane.poison = watched.poison  # type: ignore[attr-defined]
+    futures = engine.submit(order(range(8), 2))
+    for seed, future in enumerate(futures):
+        if seed == 1:
+            with pytest.raises(RuntimeError, match="poisoned row"):
+                future.result(60)
+        else:
+            assert future.result(60).seed == seed
+    assert engine.alive
+
+
+def test_rows_leave_lanes_when_they_are_given_up_and_closing_finishes_the_rest(start: Start, watched: Watched) -> None:
+    engine = start(lanes=2)
+    watched.go.clear()
+    futures = engine.submit(order(range(6), 4))
+    assert watched.entered.wait(30)
+    assert futures[0].cancel() and futures[5].cancel()
+    threading.Timer(0.2, watched.go.set).start()
+    engine.close()
+    assert [future.result(0).seed for future in futures[1:5]] == [1, 2, 3, 4]
+    assert not engine.alive
+
+
+def test_lanes_that_change_a_bit_are_not_used(watched: Watched) -> None:
+    class Inexact(Watched):
+        def step(self, *arguments: Any) -> tuple[Floats, Floats]:
+            advanced, x0 = super().step(*arguments)
+            return np.nextafter(advanced, np.float32(9)), x0
+
+    lanes = [copy.copy(watched) for _ in range(2)]
+    for lane in lanes:
+        lane.__class__ = Inexact
+    engine = Engine("cpu", max_queue=8, lanes=2)
+    engine.add("tiny", watched, watched.manifest, lanes)
+    assert engine.width("tiny") == 1
+    futures = engine.submit(order([3, 4], 2))
+    for seed, future in zip((3, 4), futures, strict=True):
+        alone = generate(watched, watched.manifest, [PROMPT], [seed], 2)[0]
+        np.testing.assert_array_equal(future.result(60).pixels, alone)
+    engine.close()
 
 
 def test_rows_at_different_steps_share_a_batch_and_short_ones_leave_early(start: Start, watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ STEP_S = {SMALL: {1: 0.020, 2: 0.034, 4: 0.060, 8: 0.120}, LARGE: {1: 0.080, 2: 
 DECODE_S = 0.010
 
 
-def a_budget(step_s: dict[BatchKey, dict[int, float]] = STEP_S) -> Budget:
+def a_budget(step_s: dict[BatchKey, dict[int, float]] = STEP_S, lanes: int = 1) -> Budget:
     budget = Budget()
     for key, curve in step_s.items():
-        budget.know(key, tuple(curve))
+        budget.know(key, tuple(curve), lanes)
         for rows, seconds in curve.items():
             budget.observe(key, rows, seconds)
         budget.observe_decode(key, DECODE_S)
@@ -285,3 +286,172 @@ def test_the_target_is_the_deadline_if_that_is_earlier() -> None:
     scheduler = Scheduler(a_budget())
     assert scheduler.new(SMALL, 4, now=10.0).target == pytest.approx(10.0 + PATIENCE * (4 * 0.020 + DECODE_S))
     assert scheduler.new(SMALL, 4, now=10.0, deadline=10.1).target == 10.1
+
+
+WIDE_S = {1: 0.014, 2: 0.025, 4: 0.045, 8: 0.090}
+
+
+@dataclass
+class Lanes:
+    """Plays arrivals on several lanes; a lane decodes what it has finished before it is free."""
+
+    count: int = 2
+    now: float = 0.0
+    finished: dict[Job, float] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    at_work: list[tuple[float, int, Call, tuple[Job, ...]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        budget = a_budget(lanes=self.count)
+        for rows, seconds in WIDE_S.items():
+            budget.observe(SMALL, rows, seconds, wide=True)
+        self.scheduler = Scheduler(budget, self.count)
+
+    def job(self, steps: int = 4, key: BatchKey = SMALL, at: float = 0.0) -> Job:
+        return self.scheduler.new(key, steps, at)
+
+    def run(self, arrivals: Iterable[Job] = (), until: float = float("inf")) -> None:
+        coming = sorted(arrivals, key=lambda job: job.submitted)
+        while True:
+            while coming and coming[0].submitted <= self.now:
+                self.scheduler.add(coming.pop(0))
+            while call := self.scheduler.pick(self.now):
+                self.begin(call)
+            moments = [coming[0].submitted] if coming else []
+            moments += [self.at_work[0][0]] if self.at_work else []
+            if not moments or min(moments) > until:
+                return
+            self.now = min(moments)
+            while self.at_work and self.at_work[0][0] <= self.now:
+                self.end(*heapq.heappop(self.at_work))
+
+    def begin(self, call: Call) -> None:
+        running = {job for *_, jobs in self.at_work for job in jobs}
+        assert not running & set(call.jobs), "a row is in one call at a time"
+        assert len(self.at_work) < self.count
+        heapq.heappush(self.at_work, (call.ends, len(self.calls), call, tuple(call.jobs)))
+        self.calls.append(call)
+
+    def end(self, at: float, number: int, call: Call, jobs: tuple[Job, ...]) -> None:
+        done = at
+        for job in jobs:
+            self.scheduler.advance(job)
+            if job.remaining == 0:
+                done += DECODE_S
+                self.finished[job] = done
+        if done > at:
+            call.ends = done
+            heapq.heappush(self.at_work, (done, number, call, ()))
+        else:
+            self.scheduler.release(call)
+
+
+@pytest.fixture
+def lanes() -> Lanes:
+    return Lanes()
+
+
+def test_a_row_that_is_alone_has_all_cores_and_one_in_company_a_lane(lanes: Lanes) -> None:
+    lanes.run([lanes.job(4)])
+    assert [(len(call.jobs), call.wide) for call in lanes.calls] == [(1, True)] * 4
+    assert lanes.now == pytest.approx(4 * WIDE_S[1] + DECODE_S)
+    lanes.calls.clear()
+    lanes.run([lanes.job(4, at=lanes.now), lanes.job(4, at=lanes.now)])
+    assert [(len(call.jobs), call.wide) for call in lanes.calls] == [(1, False)] * 8, (
+        "shared among lanes before a batch"
+    )
+
+
+def test_rows_that_are_sooner_done_together_on_all_cores_are() -> None:
+    lanes = Lanes(count=8)
+    lanes.scheduler.budget.observe(SMALL, 1, 0.05)  # in a lane; the moving average goes to 0.023
+    lanes.run([lanes.job(1), lanes.job(1)])
+    assert [(len(call.jobs), call.wide) for call in lanes.calls] == [(1, False)] * 2, "0.025 s are no gain over 0.023"
+    for _ in range(20):
+        lanes.scheduler.budget.observe(SMALL, 1, 0.05)
+    lanes.calls.clear()
+    lanes.run([lanes.job(1, at=lanes.now) for _ in range(2)])
+    assert [(len(call.jobs), call.wide) for call in lanes.calls] == [(2, True)]
+
+
+def test_what_comes_while_all_cores_compute_begins_in_a_lane(lanes: Lanes) -> None:
+    first, second = lanes.job(4), lanes.job(1, at=0.001)
+    lanes.run([first, second])
+    assert [call.wide for call in lanes.calls[:2]] == [True, False]
+    assert lanes.finished[second] == pytest.approx(0.001 + 0.020 + DECODE_S)
+
+
+def test_a_queue_is_shared_among_lanes_and_then_batched(lanes: Lanes) -> None:
+    for _ in range(20):
+        lanes.scheduler.add(lanes.job(8))
+    calls = [lanes.scheduler.pick(10.0) for _ in range(3)]
+    assert [len(call.jobs) for call in calls if call is not None] == [4, 4], "all are late: batches that pay"
+    assert calls[2] is None, "no lane is free"
+
+
+def test_rows_of_a_step_go_on_while_others_of_it_are_decoded(lanes: Lanes) -> None:
+    long, short = lanes.job(2), lanes.job(1)
+    other = [lanes.job(8, at=-9.0) for _ in range(2)]
+    for job in (*other, long, short):
+        lanes.scheduler.add(job)
+    call, beside = lanes.scheduler.pick(9.0), lanes.scheduler.pick(9.0)
+    assert call is not None and beside is not None and len(call.jobs) == len(beside.jobs) == 2
+    mixed = call if short in call.jobs else beside
+    for job in mixed.jobs:
+        lanes.scheduler.advance(job)
+    assert not lanes.scheduler.startable(), "its lane decodes"
+    lanes.scheduler.release(call if mixed is beside else beside)
+    again = lanes.scheduler.pick(9.1)
+    assert again is not None and short not in again.jobs
+
+
+def test_a_model_of_one_lane_has_one_call_at_a_time(lanes: Lanes) -> None:
+    other = SMALL._replace(model="one lane")
+    lanes.scheduler.budget.know(other, (1,))
+    lanes.scheduler.budget.observe(other, 1, 0.020)
+    for key in (other, other, SMALL):
+        lanes.scheduler.add(lanes.job(4, key))
+    first, second = lanes.scheduler.pick(0.0), lanes.scheduler.pick(0.0)
+    assert first is not None and second is not None
+    assert {first.key.model, second.key.model} == {"one lane", "m"}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_row_ends_once_whatever_comes_on_several_lanes(count: int, seed: int) -> None:
+    dice, lanes = random.Random(seed), Lanes(count)
+    jobs = [
+        lanes.job(dice.choice((1, 2, 4, 8)), dice.choice((SMALL, SMALL, LARGE)), at=dice.random() * 3)
+        for _ in range(100)
+    ]
+    lanes.run(jobs)
+    assert set(lanes.finished) == set(jobs) and not list(lanes.scheduler) and not lanes.at_work
+    assert all(job.done == job.steps for job in jobs)
+
+
+def test_two_lanes_do_nearly_twice_as_much() -> None:
+    ends = []
+    for count in (1, 2):
+        lanes = Lanes(count)
+        lanes.run([lanes.job(4) for _ in range(40)])
+        ends.append(lanes.now)
+    assert ends[0] / ends[1] > 1.9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_forecast_of_several_lanes_is_what_happens(seed: int) -> None:
+    """Also from the middle of calls and decodings."""
+    dice, lanes = random.Random(seed), Lanes()
+    jobs = [lanes.job(dice.choice((1, 2, 4, 8)), dice.choice((SMALL, LARGE)), at=dice.random() / 10) for _ in range(12)]
+    lanes.run(jobs, until=dice.uniform(0.1, 0.3))
+    now, told = lanes.now, lanes.scheduler.forecast(lanes.now)
+    assert set(told) == set(lanes.scheduler)
+    lanes.run()
+    for job, forecast in told.items():
+        assert now + forecast.seconds == pytest.approx(lanes.finished[job], abs=1e-9)
+
+
+def test_work_is_counted_in_seconds_of_all_lanes(lanes: Lanes) -> None:
+    for _ in range(3):
+        lanes.scheduler.add(lanes.job(4))
+    assert lanes.scheduler.work_s() == pytest.approx(12 * 0.015 / 2)
