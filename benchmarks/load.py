@@ -6,8 +6,9 @@
 For every repeat and server it starts the server, measures each kind of request alone, then the throughput of closed
 loops, as a part of the bare runtime's best rate just before and after, since machines change their speed, and then
 sends traces open loop: the first at every rate, the others at one; rates are parts of the bare runtime's best rate.
-Goodput is the rate of answers within twice the solo latency of the fastest server, by number of steps. Every 20th answer is compared with the bare runtime's, byte for byte, and every request must be accounted for on
-both sides. --recovery sends twice the capacity to ours for that many seconds and looks at what comes after.
+Goodput is the rate of answers within twice the solo latency of the fastest server, by number of steps. Every 20th
+answer is compared with the bare runtime's, byte for byte, and every request must be accounted for on both sides.
+--recovery sends twice the capacity to ours for that many seconds and looks at what comes after.
 
 Client and servers get cores of their own where there are four or more. What is measured of the first requests to a
 server is thrown away. Results go beside this file as JSON and as a page with plots.

@@ -181,9 +181,9 @@ def saturation(result: dict[str, Any]) -> str:
     lines = []
     for name, by_clients in result["saturation_per_s"].items():
         alone = ", ".join(f"{_work(work)} {value:g} ms" for work, value in result["solo_ms"][name].items())
+        parts = result["saturation_parts"][name]
         rates = ", ".join(
-            f"{clients}: {median(rates):.2f}/s ({median(rates) / result['capacity_per_s']:.0%})"
-            for clients, rates in by_clients.items()
+            f"{clients}: {median(rates):.2f}/s ({median(parts[clients]):.0%})" for clients, rates in by_clients.items()
         )
         lines.append(f"<li>{html.escape(f'{name}: {rates}; alone {alone}')}</li>")
     head = "Clients that never wait, and parts of the bare runtime's best rate"

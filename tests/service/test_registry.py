@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,29 @@ def test_the_runtime_is_the_one_of_the_settings(tiny_bundle: Path) -> None:
     try:
         able = registry.get(None).runtime.capabilities
         assert (able.runtime, able.precision) == ("openvino", "float32")
+    finally:
+        registry.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [
+        ({"threads": 2}, 2),
+        ({"threads": 2, "lanes": 1}, 1),
+        ({"threads": 1}, 1),
+        ({"threads": 2, "replicas": 2, "lanes": 2}, 2),
+        ({"threads": 2, "runtime": "openvino"}, 1),
+    ],
+)
+def test_a_processor_has_a_lane_per_thread_where_the_runtime_can(
+    tiny_bundle: Path, settings: dict[str, Any], width: int
+) -> None:
+    registry = Registry(Settings(bundles=tiny_bundle, max_batch=1, **settings))
+    registry.load()
+    try:
+        model = registry.get(None)
+        assert model.engine.width(model.name) == width
+        assert model.runtime.capabilities.threads == settings["threads"], "of a picture that is alone"
     finally:
         registry.close()
 

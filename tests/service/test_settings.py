@@ -62,3 +62,10 @@ def test_empty_and_foreign_variables_are_left_alone() -> None:
     assert Settings.from_env({"LEAPFROG_MAX_N": "", "LEAPFROG_SOMETHING_ELSE": "1", "HOME": "/"}) == Settings.from_env(
         {}
     )
+
+
+def test_every_lane_needs_a_thread() -> None:
+    assert Settings(threads=4).lanes_each == 4
+    assert Settings(threads=4, lanes=1).lanes_each == 1
+    with pytest.raises(SettingsError, match="lanes is 3 and there are 2 threads"):
+        Settings.from_env({"LEAPFROG_THREADS": "2", "LEAPFROG_LANES": "3"})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
 from distill.bundle import Bundle
-from service.runtimes import OnnxRuntime, RuntimeUnavailable, choose, open_runtime
+from service import runtimes
+from service.runtimes import OnnxRuntime, RuntimeUnavailable, choose, generate, open_lanes, open_runtime
 from service.runtimes import onnx as module
 from service.runtimes.onnx import GPU_PROVIDERS, has_gpu_provider, providers
 
@@ -62,3 +65,30 @@ def test_float16_is_for_a_gpu_provider(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("onnx", "float16")
     monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     assert choose("onnx", "float16") == choose("auto", "float16") == ("onnx", "float16")
+
+
+def test_lanes_share_weights_and_compute_at_the_same_time_what_one_alone_computes(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    wide = open_runtime(bundle, threads=2, max_batch=2)
+    lanes = open_lanes(bundle, wide, 2, max_batch=2)
+    assert [lane.capabilities.threads for lane in lanes] == [1, 1]
+    assert lanes[0] is not lanes[1]
+    sessions = [lane._step._session for lane in lanes]  # type: ignore[attr-defined]
+    assert sessions[0] is sessions[1]
+    prompts, seeds = ["a red cube", "a blue sphere"], range(2)
+    alone = generate(wide, bundle.manifest, prompts, seeds)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            made = pool.map(lambda lane: generate(lane, bundle.manifest, prompts, seeds), lanes)
+            for pictures in made:
+                np.testing.assert_array_equal(pictures, alone)
+
+
+def test_one_lane_is_none_and_large_weights_are_not_loaded_twice(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    runtime = open_runtime(bundle, threads=1, max_batch=1)
+    assert open_lanes(bundle, runtime, 1, max_batch=1) == []
+    monkeypatch.setattr(runtimes, "LARGEST_TWICE", 10)
+    assert open_lanes(bundle, runtime, 2, max_batch=1) == []
