@@ -30,6 +30,8 @@ twice the time alone, and 23 % at 0.95; no less was done per second when more ca
 """
 PROBE_EVERY = 64
 """Every so many calls the next larger size may be tried, so that a measurement of a bad moment is not for good."""
+PROBE_WIDE_EVERY = 8
+"""The same of a call on all cores that seems to be slower than one in a lane: nothing else would measure it again."""
 GUESS_S = 0.05
 """Of one row's step before anything was measured."""
 
@@ -143,6 +145,12 @@ class Budget:
             if other.model == key.model and rows in known.wide:
                 return self.step_s(key, rows) * known.wide[rows] / self.step_s(other, rows)
         return float("inf")
+
+    def wide_pays(self, key: BatchKey, rows: int) -> bool:
+        """Whether one call on all cores ends before each of these rows does in a lane; else it is tried sometimes."""
+        wide_s, curve = self.wide_s(key, rows), self._curves[_cost(key)]
+        tried = rows in curve.wide and curve.calls % PROBE_WIDE_EVERY == PROBE_WIDE_EVERY - 1
+        return tried or wide_s < self.step_s(key, 1)
 
     def sizes(self, key: BatchKey) -> tuple[int, ...]:
         """Batch sizes worth using, rising; the last one is the cap."""

@@ -43,6 +43,8 @@ MEMORY_WORDS = ("out of memory", "failed to allocate", "bad_alloc", "bad allocat
 """How runtimes say that memory ran out; they have no common class for it."""
 
 
+SHOW_S = 0.25
+"""While the same rows go from step to step, gauges are this old at most."""
 OUTLOOK_S = 0.25
 """A forecast of everything serves all who ask within this time; it takes milliseconds when the queue is long."""
 
@@ -71,7 +73,7 @@ class Engine:
         self._rows: dict[Job, Row] = {}
         """Every row until it is delivered; the scheduler knows those that have steps left."""
         self._told: dict[Job, Forecast] = {}
-        self._told_at = float("-inf")
+        self._told_at = self._show_at = float("-inf")
         self._wake = threading.Condition()
         self._texts: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -328,7 +330,8 @@ class Engine:
             while True:
                 self._sweep()
                 call = self.scheduler.pick(self._clock())
-                self._show()
+                if call is None or self._clock() > self._show_at or not all(job.done for job in call.jobs):
+                    self._show()
                 if call is not None:
                     self._wake_another()
                     return call, [self._rows[job] for job in call.jobs]
@@ -381,6 +384,7 @@ class Engine:
 
     def _show(self) -> None:
         """Set the gauges, after the queue has changed."""
+        self._show_at = self._clock() + SHOW_S
         for name, served in self._served.items():
             jobs = [job for job in self.scheduler if job.key.model == name]
             for priority in RANK:

@@ -269,7 +269,7 @@ class Scheduler:
         key, jobs = flows[0].key, [job for flow in flows for job in flow.ready()]
         if self._calls or len(jobs) > self.lanes or any(flow.key != key for flow in flows):
             return []
-        return jobs if self.budget.wide_s(key, len(jobs)) < self.budget.step_s(key, 1) else []
+        return jobs if self.budget.wide_pays(key, len(jobs)) else []
 
     def _next_batch(self, flows: list[_Flow], now: float) -> list[Job]:
         """The rows of one lane's next call; charges their flows."""

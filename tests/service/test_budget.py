@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.budget import PROBE_EVERY, BatchKey, Budget
+from service.budget import PROBE_EVERY, PROBE_WIDE_EVERY, BatchKey, Budget
 
 SIZES = (1, 2, 4, 8)
 KEY = BatchKey("m", "onnx", (4, 16, 16))
@@ -145,3 +145,23 @@ def test_calls_in_lanes_and_on_all_cores_have_curves_of_their_own() -> None:
 def test_without_lanes_no_call_is_wide() -> None:
     budget = budget_of(b1=10)
     assert (budget.lanes(KEY), budget.wide_s(KEY, 1)) == (1, float("inf"))
+
+
+def test_all_cores_are_tried_again_after_a_bad_moment() -> None:
+    budget = Budget()
+    budget.know(KEY, SIZES, lanes=2)
+    budget.observe(KEY, 1, 0.010)
+    assert not any(_lone_calls(budget, 20)), "never measured"
+    budget.observe(KEY, 1, 0.030, wide=True)
+    wide = _lone_calls(budget, 40 * PROBE_WIDE_EVERY)
+    assert sum(wide[: 4 * PROBE_WIDE_EVERY]) == 4, "one call in so many"
+    assert all(wide[-PROBE_WIDE_EVERY:]), "they take 0.006 s now"
+
+
+def _lone_calls(budget: Budget, count: int) -> list[bool]:
+    """Which of so many calls of one row were wide."""
+    chosen = []
+    for _ in range(count):
+        chosen.append(budget.wide_pays(KEY, 1))
+        budget.observe(KEY, 1, 0.006 if chosen[-1] else 0.010, wide=chosen[-1])
+    return chosen
