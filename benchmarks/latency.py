@@ -23,6 +23,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +70,18 @@ def time_both(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str,
     """The floor and the service in turns.
 
     runtime: text, steps and decoding of one picture or clip, without HTTP and without PNG or MP4. service: a request
-    over HTTP until its PNG or MP4 is here; each prompt is new, so nothing is cached.
+    on a connection that stays open until its PNG or MP4 is here; each prompt is new, so nothing is cached.
     """
     runtime = open_runtime(bundle, threads=threads, max_batch=1)
     ask = _clip if bundle.manifest.task == "text-to-video" else _picture
     bare, wholes, previews = [], [], []
-    with _serving(bundle) as (url, ready_s):
+    with _serving(bundle) as (port, ready_s):
+        client = HTTPConnection("127.0.0.1", port, timeout=60)
         for seed in range(count + WARM):
             start = time.perf_counter()
             generate(runtime, bundle.manifest, [PROMPT], seeds=[seed], steps=steps)
             bare.append((time.perf_counter() - start) * 1e3)
-            whole, preview = ask(url, bundle.manifest.name, steps, seed)
+            whole, preview = ask(client, bundle.manifest.name, steps, seed)
             wholes.append(whole)
             previews += [] if preview is None else [preview]
     bare, wholes, previews = bare[WARM:], wholes[WARM:], previews[WARM:]
@@ -100,8 +103,8 @@ def paired(bare: list[float], service: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _serving(bundle: Bundle) -> Iterator[tuple[str, float]]:
-    """The service's address, and the seconds until it was ready."""
+def _serving(bundle: Bundle) -> Iterator[tuple[int, float]]:
+    """The service's port, and the seconds until it was ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,9 +119,8 @@ def _serving(bundle: Bundle) -> Iterator[tuple[str, float]]:
         started = time.perf_counter()
         server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(url)
-            yield url, time.perf_counter() - started
+            _wait_until_ready(f"http://127.0.0.1:{port}")
+            yield port, time.perf_counter() - started
         finally:
             server.terminate()
             server.wait(30)
@@ -137,32 +139,34 @@ def _wait_until_ready(url: str) -> None:
     )
 
 
-def _picture(url: str, model: str, steps: int, seed: int) -> tuple[float, None]:
+def _picture(client: HTTPConnection, model: str, steps: int, seed: int) -> tuple[float, None]:
     """Milliseconds until a picture is here."""
     start = time.perf_counter()
-    with _sent(f"{url}/v1/images/generations", model, steps, seed) as response:
-        json.load(response)
+    json.load(_send(client, "/v1/images/generations", model, steps, seed))
     return (time.perf_counter() - start) * 1e3, None
 
 
-def _clip(url: str, model: str, steps: int, seed: int) -> tuple[float, float]:
+def _clip(client: HTTPConnection, model: str, steps: int, seed: int) -> tuple[float, float]:
     """Milliseconds until a job's clip is here, and until its first preview was."""
     start, preview = time.perf_counter(), float("nan")
-    with _sent(f"{url}/v1/videos", model, steps, seed) as response:
-        job = f"{url}/v1/videos/{json.load(response)['id']}"
-    with urllib.request.urlopen(f"{job}/events", timeout=60) as events:
-        for line in events:
-            if line.startswith(b"event: video.preview") and np.isnan(preview):
-                preview = (time.perf_counter() - start) * 1e3
-    with urllib.request.urlopen(f"{job}/content", timeout=60) as content:
-        content.read()
+    job = f"/v1/videos/{json.load(_send(client, '/v1/videos', model, steps, seed))['id']}"
+    client.request("GET", f"{job}/events")
+    for line in client.getresponse():
+        if line.startswith(b"event: video.preview") and np.isnan(preview):
+            preview = (time.perf_counter() - start) * 1e3
+    client.request("GET", f"{job}/content")
+    client.getresponse().read()
     return (time.perf_counter() - start) * 1e3, preview
 
 
-def _sent(url: str, model: str, steps: int, seed: int) -> Any:
+def _send(client: HTTPConnection, path: str, model: str, steps: int, seed: int) -> HTTPResponse:
+    """On the connection of the request before, as OpenAI's client does."""
     body = {"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps}
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    return urllib.request.urlopen(request, timeout=60)
+    client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = client.getresponse()
+    if response.status >= HTTPStatus.BAD_REQUEST:
+        raise SystemExit(f"the service answered {response.status}: {response.read()[:500].decode()}")
+    return response
 
 
 def main(arguments: list[str] | None = None) -> None:
