@@ -237,9 +237,8 @@ class Engine:
             worn = tuple((lora.digest, scale) for lora, scale in order.loras)
             key = served.key(order.size, order.frames)._replace(exact=exact, loras=worn)
             if not self.budget.knows(key):
-                self.budget.know(
-                    key, (1,), served.width
-                )  # larger batches were shown to be bit-exact for the usual lengths alone
+                # Larger batches were shown to be bit-exact for the usual lengths alone.
+                self.budget.know(key, (1,), served.width)
         return key
 
     def _check_room(self, owner: str, rows: int) -> None:
