@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -75,8 +75,7 @@ def time_both(bundle: Bundle, steps: int, count: int, threads: int) -> dict[str,
     runtime = open_runtime(bundle, threads=threads, max_batch=1)
     ask = _clip if bundle.manifest.task == "text-to-video" else _picture
     bare, wholes, previews = [], [], []
-    with _serving(bundle) as (port, ready_s):
-        client = HTTPConnection("127.0.0.1", port, timeout=60)
+    with _serving(bundle) as (port, ready_s), closing(HTTPConnection("127.0.0.1", port, timeout=60)) as client:
         for seed in range(count + WARM):
             start = time.perf_counter()
             generate(runtime, bundle.manifest, [PROMPT], seeds=[seed], steps=steps)
