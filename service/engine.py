@@ -118,15 +118,15 @@ class Engine:
         able = served.in_company.capabilities
         with self._wake:
             for key in keys.values():
-                self.budget.know(key, able.batch_sizes, served.width)
+                self.budget.know(key, able.batch_sizes, served.lane_count)
                 if able.loose_sizes:
-                    self.budget.know(key._replace(exact=False), able.loose_sizes, served.width)
+                    self.budget.know(key._replace(exact=False), able.loose_sizes, served.lane_count)
         warm_up(self.budget, served)
         self._served[name] = served
 
-    def width(self, model: str) -> int:
+    def lane_count(self, model: str) -> int:
         """How many steps of a model may be computed at once."""
-        return self._served[model].width
+        return self._served[model].lane_count
 
     def submit(self, order: Order) -> list[Future[Picture]]:
         """Queue one row per seed, all or none.
@@ -238,7 +238,7 @@ class Engine:
             key = served.key(order.size, order.frames)._replace(exact=exact, loras=worn)
             if not self.budget.knows(key):
                 # Larger batches were shown to be bit-exact for the usual lengths alone.
-                self.budget.know(key, (1,), served.width)
+                self.budget.know(key, (1,), served.lane_count)
         return key
 
     def _check_room(self, owner: str, rows: int) -> None:
@@ -313,15 +313,15 @@ class Engine:
             served = self._served[call.key.model]
             runtime = served.runtime if call.wide or not served.lanes else served.lanes[lane]
             finished = self._step(rows, runtime, call.wide)
-            if self.lanes > 1 and finished:
+            if self.lanes == 1:
+                for row in finished:
+                    self._finished.put(row)
+            elif finished:
                 self._prolong(call, len(finished))
                 for row in finished:
                     self._develop(row, runtime, call.wide)
             with self._wake:
                 self.scheduler.release(call)
-            if self.lanes == 1:
-                for row in finished:
-                    self._finished.put(row)
 
     def _next_call(self) -> tuple[Call, list[Row]] | None:
         """Wait for the next step and its rows. None: the engine is closing and everything is delivered."""

@@ -50,9 +50,9 @@ class Fleet:
         for engine, runtime, beside in zip(self.engines, runtimes, lanes or [()] * self.replicas, strict=True):
             engine.add(name, runtime, manifest, beside)
 
-    def width(self, model: str) -> int:
-        """As Engine.width, of each."""
-        return self.engines[0].width(model)
+    def lane_count(self, model: str) -> int:
+        """As Engine.lane_count, of each."""
+        return self.engines[0].lane_count(model)
 
     def submit(self, order: Order) -> list[Future[Picture]]:
         """As Engine.submit: all rows are queued or none."""

@@ -188,7 +188,7 @@ class Registry:
             able.threads,
             able.batch_sizes,
             able.step_ms,
-            engine.width(manifest.name),
+            engine.lane_count(manifest.name),
         )
 
     def _open(self, bundle: Bundle, replica: int) -> Runtime:

@@ -150,7 +150,7 @@ def describe(model: Model, hub: Hub) -> dict[str, Any]:
             "fallback": able.fallback or None,
             "measured": able.measured or None,
             "threads": able.threads,
-            "lanes": model.engine.width(model.name),
+            "lanes": model.engine.lane_count(model.name),
             "batch_sizes": list(able.batch_sizes),
             "step_ms": list(able.step_ms),
             "loose_batch_sizes": list(able.loose_sizes),

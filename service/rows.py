@@ -112,7 +112,7 @@ class Served:
     """Runtimes that compute at the same time, each on cores of its own; none: one call at a time."""
 
     @property
-    def width(self) -> int:
+    def lane_count(self) -> int:
         """How many calls it takes at once."""
         return max(1, len(self.lanes))
 

@@ -18,7 +18,7 @@ from service.runtimes.base import Capabilities, Conditioning, Floats, Runtime, s
 logger = logging.getLogger(__name__)
 
 TURNS = 3
-"""Steps that are timed; a machine that is busy for a moment would be taken for a slow one."""
+"""Steps that are timed where a moment's noise would decide what runs."""
 
 
 def agreeing(manifest: Manifest, runtime: Runtime, lanes: Sequence[Runtime]) -> tuple[Runtime, ...]:
@@ -31,13 +31,13 @@ def agreeing(manifest: Manifest, runtime: Runtime, lanes: Sequence[Runtime]) -> 
 
 def _all_graphs(manifest: Manifest, runtime: Runtime) -> list[NDArray[np.generic]]:
     """What each graph makes of a prompt and a seed."""
-    text = runtime.encode_text([prompt_of(manifest)])
+    text = runtime.encode_text([_prompt_of(manifest)])
     table = manifest.samplers[manifest.default_steps].table()
     latents, x0 = runtime.step(*_feed(text, table, manifest.latent_shape(), rows=1))
     return [*text.values(), latents, x0, runtime.decode(x0)]
 
 
-def prompt_of(manifest: Manifest) -> str:
+def _prompt_of(manifest: Manifest) -> str:
     return (manifest.examples or ("a picture",))[0]
 
 
@@ -47,7 +47,7 @@ def warm_up(budget: Budget, served: Served) -> None:
     Loading has measured the steps of the first size already.
     """
     runtime, name = served.in_company, served.manifest.name
-    text = runtime.encode_text([prompt := prompt_of(served.manifest)])
+    text = runtime.encode_text([prompt := _prompt_of(served.manifest)])
     start = time.perf_counter()
     runtime.encode_text([prompt])
     budget.observe_text(name, time.perf_counter() - start)
@@ -55,11 +55,16 @@ def warm_up(budget: Budget, served: Served) -> None:
     for each in (runtime, served.runtime) if served.lanes else (runtime,):
         for k, key in enumerate(served.keys.values()):
             for exact, times in _times(each.capabilities):
+                kind = key._replace(exact=exact)
+                if not budget.knows(kind):
+                    continue  # lanes keep every bit in all their batches, so all rows are of the other kind
                 each.configure(exact=exact)
                 for rows, milliseconds in times:
-                    known = k == 0 and not (served.lanes and rows == 1)  # what decides between lanes and all cores
-                    seconds = milliseconds / 1e3 if known else _time_step(each, text, table, key.shape, rows)
-                    budget.observe(key._replace(exact=exact), rows, seconds, wide=each is not runtime)
+                    decides = bool(served.lanes) and rows == 1  # between a lane and all cores
+                    turns = TURNS if decides else 1
+                    measured = k == 0 and not decides
+                    seconds = milliseconds / 1e3 if measured else _time_step(each, text, table, key.shape, rows, turns)
+                    budget.observe(kind, rows, seconds, wide=each is not runtime)
             latents = noise(0, 0, key.shape)
             each.decode(latents)
             start = time.perf_counter()
@@ -75,11 +80,13 @@ def _times(able: Capabilities) -> list[tuple[bool, list[tuple[int, float]]]]:
     return [exact, loose] if able.loose_sizes else [exact]
 
 
-def _time_step(runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, ...], rows: int) -> float:
-    """Seconds of the fastest of some steps after the first, which may compile."""
+def _time_step(
+    runtime: Runtime, text: Conditioning, table: Table, shape: tuple[int, ...], rows: int, turns: int
+) -> float:
+    """Seconds of the fastest of ``turns`` steps after the first, which may compile."""
     feed, times = _feed(text, table, shape, rows), []
     runtime.step(*feed)
-    for _ in range(TURNS):
+    for _ in range(turns):
         start = time.perf_counter()
         runtime.step(*feed)
         times.append(time.perf_counter() - start)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_pictures_made_in_lanes_equal_those_made_alone(start: Start, watched: Wa
 
 def test_two_rows_are_computed_at_the_same_time_and_a_lone_one_on_all_cores(start: Start, watched: Watched) -> None:
     engine = start(lanes=2)
-    assert engine.width("tiny") == 2
+    assert engine.lane_count("tiny") == 2
     engine.submit(order([1], 4))[0].result(60)
     assert watched.who == [id(watched)] * 4
     watched.who.clear()
@@ -198,7 +199,7 @@ def test_lanes_that_change_a_bit_are_not_used(watched: Watched) -> None:
         lane.__class__ = Inexact
     engine = Engine("cpu", max_queue=8, lanes=2)
     engine.add("tiny", watched, watched.manifest, lanes)
-    assert engine.width("tiny") == 1
+    assert engine.lane_count("tiny") == 1
     futures = engine.submit(order([3, 4], 2))
     for seed, future in zip((3, 4), futures, strict=True):
         alone = generate(watched, watched.manifest, [PROMPT], [seed], 2)[0]
@@ -491,3 +492,15 @@ def test_a_forecast_counts_what_is_ahead(start: Start, watched: Watched) -> None
     for future in futures:
         future.result(60)
     assert engine.outlook(futures) == (0.0, 0)
+
+
+def test_all_cores_may_change_bits_in_batches_where_lanes_do_not(watched: Watched) -> None:
+    lanes = [copy.copy(watched) for _ in range(2)]
+    able = watched.capabilities
+    watched.capabilities = replace(
+        able, batch_sizes=(1,), step_ms=able.step_ms[:1], loose_sizes=able.batch_sizes, loose_ms=able.step_ms
+    )
+    engine = Engine("cpu", max_queue=8, lanes=2)
+    engine.add("tiny", watched, watched.manifest, lanes)
+    assert engine.submit(order([3], 2, exact=False))[0].result(60).seed == 3
+    engine.close()

@@ -52,7 +52,7 @@ def test_the_runtime_is_the_one_of_the_settings(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "width"),
+    ("settings", "lanes"),
     [
         ({"threads": 2}, 2),
         ({"threads": 2, "lanes": 1}, 1),
@@ -62,13 +62,13 @@ def test_the_runtime_is_the_one_of_the_settings(tiny_bundle: Path) -> None:
     ],
 )
 def test_a_processor_has_a_lane_per_thread_where_the_runtime_can(
-    tiny_bundle: Path, settings: dict[str, Any], width: int
+    tiny_bundle: Path, settings: dict[str, Any], lanes: int
 ) -> None:
     registry = Registry(Settings(bundles=tiny_bundle, max_batch=1, **settings))
     registry.load()
     try:
         model = registry.get(None)
-        assert model.engine.width(model.name) == width
+        assert model.engine.lane_count(model.name) == lanes
         assert model.runtime.capabilities.threads == settings["threads"], "of a picture that is alone"
     finally:
         registry.close()
