@@ -141,27 +141,28 @@ def _wait_until_ready(url: str) -> None:
 def _picture(client: HTTPConnection, model: str, steps: int, seed: int) -> tuple[float, None]:
     """Milliseconds until a picture is here."""
     start = time.perf_counter()
-    json.load(_send(client, "/v1/images/generations", model, steps, seed))
+    json.load(_ask(client, "POST", "/v1/images/generations", _wish(model, steps, seed)))
     return (time.perf_counter() - start) * 1e3, None
 
 
 def _clip(client: HTTPConnection, model: str, steps: int, seed: int) -> tuple[float, float]:
     """Milliseconds until a job's clip is here, and until its first preview was."""
     start, preview = time.perf_counter(), float("nan")
-    job = f"/v1/videos/{json.load(_send(client, '/v1/videos', model, steps, seed))['id']}"
-    client.request("GET", f"{job}/events")
-    for line in client.getresponse():
+    job = f"/v1/videos/{json.load(_ask(client, 'POST', '/v1/videos', _wish(model, steps, seed)))['id']}"
+    for line in _ask(client, "GET", f"{job}/events"):
         if line.startswith(b"event: video.preview") and np.isnan(preview):
             preview = (time.perf_counter() - start) * 1e3
-    client.request("GET", f"{job}/content")
-    client.getresponse().read()
+    _ask(client, "GET", f"{job}/content").read()
     return (time.perf_counter() - start) * 1e3, preview
 
 
-def _send(client: HTTPConnection, path: str, model: str, steps: int, seed: int) -> HTTPResponse:
+def _wish(model: str, steps: int, seed: int) -> str:
+    return json.dumps({"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps})
+
+
+def _ask(client: HTTPConnection, method: str, path: str, body: str | None = None) -> HTTPResponse:
     """On the connection of the request before, as OpenAI's client does."""
-    body = {"model": model, "prompt": f"{PROMPT} {seed}", "seed": seed, "steps": steps}
-    client.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    client.request(method, path, body, {"Content-Type": "application/json"} if body else {})
     response = client.getresponse()
     if response.status >= HTTPStatus.BAD_REQUEST:
         raise SystemExit(f"the service answered {response.status}: {response.read()[:500].decode()}")

@@ -88,22 +88,18 @@ class Budget:
         curve = self._curves[_cost(key)]
         curve.calls, curve.worth = curve.calls + 1, None
         points = curve.wide if wide else curve.seconds
-        known = points.get(rows)
-        points[rows] = seconds if known is None else known + EASE * (seconds - known)
+        points[rows] = _eased(points.get(rows), seconds)
 
     def observe_text(self, model: str, seconds: float) -> None:
-        known = self._text.get(model)
-        self._text[model] = seconds if known is None else known + EASE * (seconds - known)
+        self._text[model] = _eased(self._text.get(model), seconds)
 
     def observe_decode(self, key: BatchKey, seconds: float) -> None:
         curve = self._curves[_cost(key)]
-        known = curve.decode_s
-        curve.decode_s = seconds if known is None else known + EASE * (seconds - known)
+        curve.decode_s = _eased(curve.decode_s, seconds)
 
     def observe_answer(self, model: str, seconds: float) -> None:
         """From a request's arrival to its answer it took this much more than in the engine."""
-        known = self._answer.get(model)
-        self._answer[model] = seconds if known is None else known + EASE * (seconds - known)
+        self._answer[model] = _eased(self._answer.get(model), seconds)
 
     def expected_s(self, model: str, forecast_s: float) -> float:
         """When an answer will be there whose rows have such a forecast: the text and the work around the engine too."""
@@ -203,6 +199,11 @@ class Budget:
             if other.model == key.model and curve.seconds:
                 return self.step_s(other, 1) * prod(key.shape) / prod(other.shape)
         return GUESS_S
+
+
+def _eased(known: float | None, seconds: float) -> float:
+    """A moving average after one more measurement."""
+    return seconds if known is None else known + EASE * (seconds - known)
 
 
 def _cost(key: BatchKey) -> BatchKey:

@@ -225,16 +225,14 @@ class Scheduler:
             end, _, call = heapq.heappop(ends)
             clock = max(clock, end)
             decoded = clock if self.lanes > 1 else max(clock, decoded)
-            busy_until = clock
             for job in call.jobs:
                 twin.advance(job)
                 if job.remaining == 0:
                     decoded += self.budget.decode_s(job.key)
-                    busy_until = decoded
                     result[originals[job]] = Forecast(decoded - now, position.get(job, 0))
             call.jobs = []
-            if self.lanes > 1 and busy_until > clock:
-                heapq.heappush(ends, (busy_until, next(order), call))
+            if self.lanes > 1 and decoded > clock:
+                heapq.heappush(ends, (decoded, next(order), call))
             else:
                 twin.release(call)
 

@@ -99,10 +99,11 @@ def open_lanes(bundle: Bundle, runtime: Runtime, count: int, max_batch: int) -> 
     None for a single one, where the runtime's calls cannot overlap, and for weights that are too large to be in memory
     once more.
     """
-    able = runtime.capabilities
-    weights = sum(path.stat().st_size for path in bundle.path.rglob("*.safetensors"))
-    if count == 1 or runtime.lane() is None or weights > LARGEST_TWICE:
+    if count == 1 or runtime.lane() is None:
         return []
+    if sum(path.stat().st_size for path in bundle.path.rglob("*.safetensors")) > LARGEST_TWICE:
+        return []
+    able = runtime.capabilities
     narrow = _open(bundle, able.runtime, able.precision, max(1, able.threads // count), max_batch, replica=0)
     return [lane for lane in (narrow.lane() for _ in range(count)) if lane is not None]
 
